@@ -50,8 +50,13 @@ class Extent:
 
 def quoted(text: str) -> str:
     """A name out of a file for a one-line message: control characters escaped, at most 80 characters."""
-    shown = text if len(text) <= 80 else text[:77] + "..."
-    return "'" + "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown) + "'"
+    return f"'{one_line(text, 80)}'"
+
+
+def one_line(text: str, limit: int) -> str:
+    """Text out of a file, control characters escaped, cut to ``limit`` characters."""
+    shown = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
 
 def is_external(tensor: TensorProto) -> bool:

@@ -66,7 +66,7 @@ def refusal(exc: Exception, *, full: bool) -> ModelError:
     """The checker's exception as one of ours, in one line."""
     reason, _, node = " ".join(str(exc).split()).partition(" ==> Context: Bad node spec for node. ")
     shown = f"{reason} ({node})" if node else reason
-    shown = shown if len(shown) <= 300 else shown[:297] + "..."
+    shown = _tensors.one_line(shown, 300)
     test = "strict shape inference" if full else "the ONNX checker"
     return ModelError(f"The model fails {test}: {shown.rstrip('.')}. Repair the model or export it again.")
 
@@ -102,19 +102,25 @@ def _is_weight(tensor: TensorProto) -> bool:
 
 
 def _check_text(message: Any) -> None:
-    """Touch every text of the protobuf: proto2 checks UTF-8 on access only, not while parsing."""
+    """Look at every text of the protobuf: proto2 does not check UTF-8 while parsing."""
     if isinstance(message, TensorProto):  # its bytes are not text, and many
-        _ = message.name, message.doc_string, [(e.key, e.value) for e in message.external_data]
+        texts = [message.name, message.doc_string]
+        texts += [text for entry in message.external_data for text in (entry.key, entry.value)]
+        _refuse_bytes(texts)
         return
-    for _, value in message.ListFields():
-        if isinstance(value, Message):
-            _check_text(value)
-        elif not isinstance(value, str | bytes | int | float) and len(value):
-            if isinstance(value[0], Message):
-                for item in value:
-                    _check_text(item)
-            elif isinstance(value[0], str):
-                list(value)
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            _refuse_bytes([value] if isinstance(value, str | bytes) else value)
+        elif field.type == field.TYPE_MESSAGE:
+            for item in [value] if isinstance(value, Message) else value:
+                _check_text(item)
+
+
+def _refuse_bytes(texts: Iterable[str | bytes]) -> None:
+    """Some protobuf backends give bytes for a text that is no UTF-8, others raise UnicodeDecodeError."""
+    for text in texts:
+        if isinstance(text, bytes):
+            text.decode()
 
 
 def _check_versions(proto: onnx.ModelProto) -> None:
