@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import re
@@ -9,16 +10,24 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from onnxcar.errors import RuntimeMissingError
-from onnxcar.providers import INSTALL, PROVIDERS, import_runtime, installed_wheels, probe_provider
+from onnxcar.runtime import resolve_provider
 
-__all__ = ["Diagnosis", "ProviderState", "diagnose"]
+__all__ = ["Diagnosis", "ProviderState", "diagnose", "installed_wheels"]
 
+# The two lines to choose from.
+_INSTALL = {"cpu": 'pip install "onnxcar[cpu]"', "gpu": 'pip install "onnxcar[gpu]"'}
+# What --provider names -> ONNX Runtime's name.
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 _PACKAGES = (
     "onnxcar",
     "onnx",
@@ -33,12 +42,8 @@ _PACKAGES = (
     "torch",
     "ray",
 )
-# CUDA major version -> what onnxruntime-gpu's CUDA provider opens, as its wheel names them.
-_CUDA_LIBRARIES = {
-    12: ("libcudart.so.12", "libcublas.so.12", "libcublasLt.so.12", "libcufft.so.11", "libcurand.so.10"),
-    13: ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcufft.so.12", "libcurand.so.10"),
-}
-_CUDNN = "libcudnn.so.9"
+# CUDA major version -> version of cuFFT in it; the other libraries carry the same number, cuRAND always 10.
+_CUFFT = {12: 11, 13: 12}
 # Oldest Linux driver of each CUDA major version, from NVIDIA's CUDA release notes.
 _OLDEST_DRIVER = {12: 525, 13: 580}
 _TIMEOUT_S = 20
@@ -103,10 +108,10 @@ def diagnose() -> Diagnosis:
     """The state of this machine; takes a second or two, changes nothing, never raises."""
     packages = {name: _version(name) for name in _PACKAGES}
     wheels = installed_wheels()
-    runtime, problem = _runtime()
-    providers = tuple(_state(name, ort_name, runtime, problem) for name, ort_name in PROVIDERS.items())
+    runtime, listed = _runtime()
+    providers = tuple(_state(name, ort_name, listed) for name, ort_name in _PROVIDERS.items())
     cuda_major = _cuda_major(packages["onnxruntime-gpu"])
-    libraries = _find_libraries((*_CUDA_LIBRARIES[cuda_major], _CUDNN)) if sys.platform == "linux" else {}
+    libraries = _find_libraries(_cuda_libraries(cuda_major)) if sys.platform == "linux" else {}
     gpus, driver = _gpus()
     advice = _advise(wheels, providers, cuda_major, libraries, driver)
     return Diagnosis(
@@ -131,20 +136,36 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _runtime() -> tuple[str | None, str]:
-    """Version of ONNX Runtime, or why there is none."""
+def installed_wheels() -> tuple[str, ...]:
+    """Distributions that fill the ``onnxruntime`` folder, sorted; more than one is a fault."""
+    names = {(dist.metadata["Name"] or "").lower().replace("_", "-") for dist in metadata.distributions()}
+    others = ("onnxruntime-extensions", "onnxruntime-tools", "onnxruntime-genai")  # folders of their own
+    return tuple(sorted(name for name in names if name.startswith("onnxruntime") and not name.startswith(others)))
+
+
+def _runtime() -> tuple[str | None, Collection[str]]:
+    """Version of the ONNX Runtime that loads, and the providers it was built with."""
     try:
-        return str(import_runtime().__version__), ""
+        ort = importlib.import_module("onnxruntime")
+        return str(ort.__version__), list(ort.get_available_providers())
+    except (ImportError, AttributeError):  # absent; or emptied by the uninstallation of its other wheel
+        return None, ()
+
+
+def _state(name: str, ort_name: str, listed: Collection[str]) -> ProviderState:
+    """What a session finds: a GPU wheel without its libraries lists CUDA all the same."""
+    try:
+        resolve_provider(name)
+        reason = ""
     except RuntimeMissingError as exc:
-        return None, str(exc)
+        reason = " ".join(str(exc).split())
+    return ProviderState(name, ort_name, listed=ort_name in listed, loads=not reason, reason=reason)
 
 
-def _state(name: str, ort_name: str, runtime: str | None, problem: str) -> ProviderState:
-    if runtime is None:
-        return ProviderState(name, ort_name, listed=False, loads=False, reason=problem)
-    reason = probe_provider(ort_name)
-    listed = ort_name in import_runtime().get_available_providers()
-    return ProviderState(name, ort_name, listed=listed, loads=reason is None, reason=reason or "")
+def _cuda_libraries(major: int) -> tuple[str, ...]:
+    """What onnxruntime-gpu opens."""
+    same = tuple(f"lib{name}.so.{major}" for name in ("cudart", "cublas", "cublasLt", "nvrtc"))
+    return (*same, f"libcufft.so.{_CUFFT[major]}", "libcurand.so.10", "libcudnn.so.9")
 
 
 def _cuda_major(gpu_wheel: str | None) -> int:
@@ -202,7 +223,7 @@ def _advise(
     """What to do, most urgent first; see `Diagnosis.advice`."""
     states = {state.name: state for state in providers}
     gpu = driver is not None
-    want = INSTALL["gpu" if gpu else "cpu"]
+    want = _INSTALL["gpu" if gpu else "cpu"]
     if len(wheels) > 1:
         return [f"{' and '.join(wheels)} fill the same folder. Keep one: pip uninstall -y {' '.join(wheels)} && {want}"]
     if not wheels:
@@ -214,10 +235,10 @@ def _advise(
     if not gpu:
         return [
             "No NVIDIA driver answers (nvidia-smi), so models run on the CPU. With a GPU: install its driver, then "
-            f"pip uninstall -y {wheels[0]} && {INSTALL['gpu']}"
+            f"pip uninstall -y {wheels[0]} && {_INSTALL['gpu']}"
         ]
     if not states["cuda"].listed:
-        return [f"{wheels[0]} has no CUDA: pip uninstall -y {wheels[0]} && {INSTALL['gpu']}"]
+        return [f"{wheels[0]} has no CUDA: pip uninstall -y {wheels[0]} && {_INSTALL['gpu']}"]
     version = re.match(r"\d+", driver or "")
     if version and int(version[0]) < _OLDEST_DRIVER[cuda_major]:
         older = ', or stay with CUDA 12: pip install "onnxruntime-gpu[cuda,cudnn]<1.27"' if cuda_major > 12 else ""
