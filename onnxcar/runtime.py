@@ -1,0 +1,441 @@
+"""ONNX Runtime, held at one border: providers, sessions, cutting a graph at values, batches.
+
+Everything that runs a model goes through `Session`; what ONNX Runtime throws leaves here as an error of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper
+
+from onnxcar._graphs import constants, cut, extract, free_batch, graph_inputs, plain, uses, value_types
+from onnxcar.errors import DataError, ModelError, RuntimeMissingError
+from onnxcar.model import Model
+
+__all__ = [
+    "Input",
+    "Network",
+    "Provider",
+    "Session",
+    "batch_inputs",
+    "constants",
+    "cut",
+    "extract",
+    "free_batch",
+    "graph_inputs",
+    "n_cores",
+    "open_network",
+    "plain",
+    "resolve_provider",
+    "session",
+    "uses",
+    "value_types",
+]
+
+Array = npt.NDArray[Any]
+
+INSTALL = (
+    "Install one of the two builds:\n"
+    '  pip install "onnxcar[cpu]"    runs on every machine\n'
+    '  pip install "onnxcar[gpu]"    for NVIDIA GPUs (CUDA libraries included)'
+)
+MAX_PROTO_BYTES = 2**31 - 1
+# Name on the command line -> providers of ONNX Runtime, most wanted first.
+_ORT_NAMES = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+_AGREE = 1e-3  # two ways of batching the same network: largest difference, relative to the largest output
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider that has been seen to load.
+
+    Attributes:
+        name: "cpu", "cuda" or "tensorrt".
+        ort_names: What ONNX Runtime is asked for, in order.
+        note: One line for people when `auto` had to decide; else empty.
+    """
+
+    name: str
+    ort_names: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A graph input that must be fed.
+
+    Attributes:
+        name: Its name.
+        dtype: What it takes.
+        shape: Sizes, None where dynamic.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+    @property
+    def batch(self) -> int | None:
+        """Fixed size of the batch axis, None if dynamic (or if there is no axis)."""
+        return self.shape[0] if self.shape else None
+
+
+def n_cores() -> int:
+    """Cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+# --- providers ------------------------------------------------------------------------------------------------------
+
+
+def _ort() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise RuntimeMissingError(f"ONNX Runtime is not installed. {INSTALL}", provider=None) from exc
+    if not hasattr(onnxruntime, "InferenceSession"):
+        # Both wheels fill one folder: uninstalling either leaves an empty package behind.
+        raise RuntimeMissingError(
+            "The package onnxruntime is there but empty (one of its two builds was uninstalled over the other). "
+            f"Uninstall onnxruntime and onnxruntime-gpu both, then install one. {INSTALL}",
+            provider=None,
+        )
+    return onnxruntime
+
+
+def resolve_provider(name: str | Provider = "auto") -> Provider:
+    """The provider of that name, after it has run a one-node network.
+
+    Args:
+        name: "auto" (CUDA if it really loads, else CPU), "cpu", "cuda" or "tensorrt".
+
+    Raises:
+        RuntimeMissingError: No ONNX Runtime, or the provider asked for does not load (fact `provider`).
+    """
+    if isinstance(name, Provider):
+        return name
+    if name == "auto":
+        if "CUDAExecutionProvider" in _ort().get_available_providers() and _load_failure("cuda") is None:
+            return Provider("cuda", _ORT_NAMES["cuda"], "Running on the GPU (CUDA).")
+        return Provider("cpu", _ORT_NAMES["cpu"], "Running on the CPU; no working CUDA was found.")
+    if name not in _ORT_NAMES:
+        raise RuntimeMissingError(
+            f"There is no provider {name!r}. Take one of auto, {', '.join(_ORT_NAMES)}.", provider=name
+        )
+    failure = _load_failure(name)
+    if failure is not None:
+        raise RuntimeMissingError(failure, provider=name)
+    return Provider(name, _ORT_NAMES[name])
+
+
+def _load_failure(name: str) -> str | None:
+    """Why a provider does not load, None if it does."""
+    ort = _ort()
+    wanted = _ORT_NAMES[name][0]
+    if wanted not in ort.get_available_providers():
+        return (
+            f"Provider {name!r} is not in this build of ONNX Runtime ({ort.__version__} has "
+            f"{', '.join(ort.get_available_providers())}). Uninstall onnxruntime, then pip install "
+            '"onnxcar[gpu]"; or take --provider cpu.'
+        )
+    if wanted != "CPUExecutionProvider" and hasattr(ort, "preload_dlls"):
+        with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])], "probe", [value("x", 1, [1])], [value("y", 1, [1])]
+    )
+    probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # the message below says it
+    reason = ""
+    try:
+        made = ort.InferenceSession(probe.SerializeToString(), options, providers=[wanted])
+        # Without working CUDA libraries ONNX Runtime falls back to the CPU and says nothing.
+        if made.get_providers()[0] == wanted:
+            return None
+    except Exception as exc:
+        reason = f" ({str(exc).splitlines()[0][:200]})"
+    return (
+        f"Provider {name!r} is in this build of ONNX Runtime {ort.__version__} but does not load{reason}: a driver or "
+        "a CUDA library is missing or of another version. `onnxcar doctor` says which; or take --provider cpu."
+    )
+
+
+# --- sessions -------------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """A loaded network. `run` may be called from several threads."""
+
+    def __init__(self, inner: Any, provider: Provider, threads: int) -> None:
+        """Wrap a session of ONNX Runtime; `session` makes them."""
+        self._inner = inner
+        self.provider = provider
+        self.threads = threads
+        self.inputs: tuple[Input, ...] = tuple(
+            Input(i.name, _numpy_type(i.type), _sizes(i.shape)) for i in inner.get_inputs()
+        )
+        self.outputs: tuple[str, ...] = tuple(o.name for o in inner.get_outputs())
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> list[Array]:
+        """Values of the outputs.
+
+        Args:
+            feeds: Input name -> array. The key "" stands for the only input.
+            outputs: Names, default all in graph order.
+
+        Raises:
+            DataError: An input is missing, or its shape is not the network's.
+            ModelError: ONNX Runtime cannot run the network.
+        """
+        bound = self.bind(feeds)
+        try:
+            return list(self._inner.run(None if outputs is None else list(outputs), bound))
+        except Exception as exc:
+            raise ModelError(f"ONNX Runtime failed to run the model: {_first_line(exc)}") from exc
+
+    def bind(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """The feeds by the graph's own names, checked against its shapes and cast to its types."""
+        if set(feeds) == {""}:
+            if len(self.inputs) != 1:
+                names = ", ".join(repr(i.name) for i in self.inputs)
+                raise DataError(
+                    f"The model has {len(self.inputs)} inputs ({names}), the data gives one array. Give data with one "
+                    "array for each, keyed by these names."
+                )
+            feeds = {self.inputs[0].name: feeds[""]}
+        out = {}
+        for want in self.inputs:
+            if want.name not in feeds:
+                raise DataError(
+                    f"The data gives no array for input {want.name!r} (it gives {sorted(feeds)}). Add it under "
+                    "that name."
+                )
+            out[want.name] = _fit(feeds[want.name], want)
+        return out
+
+
+def session(model: Model | onnx.ModelProto, *, provider: str | Provider = "cpu", threads: int | None = None) -> Session:
+    """The model, loaded.
+
+    Args:
+        model: What to run; weights listed among the inputs (IR < 4) count as weights.
+        provider: Name or resolved provider.
+        threads: Of one call of `run`; None = all cores. Set explicitly: threads that spin beside another busy process
+            cost a factor of 4.
+
+    Raises:
+        ModelError: ONNX Runtime does not load it.
+        RuntimeMissingError: As `resolve_provider`.
+    """
+    ort = _ort()
+    where = resolve_provider(provider)
+    count = n_cores() if threads is None else max(1, threads)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = count
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    proto = model.proto if isinstance(model, Model) else model
+    if isinstance(model, Model) and model.folder is not None:
+        with contextlib.suppress(Exception):  # before ONNX Runtime 1.20 there was no such entry
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.folder))
+    try:
+        inner = ort.InferenceSession(_serialized(plain(proto)), options, providers=list(where.ort_names))
+    except ModelError:
+        raise
+    except Exception as exc:
+        raise ModelError(
+            f"ONNX Runtime {ort.__version__} does not load the model: {_first_line(exc)} A newer version may know "
+            "what this one does not (pip install -U onnxruntime)."
+        ) from exc
+    if where.name != "cpu" and inner.get_providers()[0] != where.ort_names[0]:
+        raise RuntimeMissingError(
+            f"Provider {where.name!r} was asked for, but the session runs on {inner.get_providers()[0]}. "
+            "`onnxcar doctor` says what is missing; or take --provider cpu.",
+            provider=where.name,
+        )
+    return Session(inner, where, count)
+
+
+def _serialized(proto: onnx.ModelProto) -> bytes:
+    try:
+        return bytes(proto.SerializeToString())
+    except Exception as exc:  # protobuf's EncodeError or ValueError, by version
+        raise ModelError(
+            f"The model has more than {MAX_PROTO_BYTES} bytes of weights in memory. Save it with external data and "
+            "load that file."
+        ) from exc
+
+
+def _numpy_type(text: str) -> np.dtype[Any]:
+    """Element type from ONNX Runtime's "tensor(float16)"."""
+    name = text[text.find("(") + 1 : text.rfind(")")]
+    table = {"float": "float32", "double": "float64", "string": "object"}
+    try:
+        return np.dtype(table.get(name, name))
+    except TypeError:
+        return np.dtype(np.float32)
+
+
+def _sizes(shape: Sequence[Any]) -> tuple[int | None, ...]:
+    return tuple(d if isinstance(d, int) and d > 0 else None for d in shape)
+
+
+def _fit(value: Any, want: Input) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value  # an OrtValue, already on the device
+    if value.dtype != want.dtype:
+        if value.dtype.kind == "f" and want.dtype.kind in "iu":
+            limits = np.iinfo(want.dtype)
+            value = np.clip(np.rint(value), limits.min, limits.max)
+        value = value.astype(want.dtype)
+    sizes = want.shape
+    if len(value.shape) != len(sizes) or any(
+        s is not None and s != n for s, n in zip(sizes[1:], value.shape[1:], strict=True)
+    ):
+        shown = "(" + ", ".join("any" if s is None else str(s) for s in sizes) + ")"
+        raise DataError(
+            f"Input {want.name!r} takes shape {shown}, the data has {value.shape}. Set size, layout and channels of "
+            "the preprocessing (--size, --layout, --channels) to what the network takes.",
+            shape=value.shape,
+            expected=sizes,
+        )
+    return value
+
+
+def _first_line(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    text = lines[0][:300] if lines else type(exc).__name__
+    return text if text.endswith((".", "!")) else text + "."
+
+
+def batch_inputs(model: Model | onnx.ModelProto) -> tuple[Input, ...]:
+    """The inputs that must be fed, from the file alone: names, types, sizes (None where dynamic)."""
+    proto = model.proto if isinstance(model, Model) else model
+    out = []
+    for info in graph_inputs(proto):
+        kind = info.type.tensor_type
+        try:
+            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        except (KeyError, ValueError, TypeError):
+            dtype = np.dtype(np.float32)
+        sizes = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in kind.shape.dim)
+        out.append(Input(info.name, dtype, sizes))
+    return tuple(out)
+
+
+# --- whole networks -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A model that takes any number of samples at a time.
+
+    Attributes:
+        session: What runs.
+        proto: The graph behind it, weights among the inputs stripped; batch freed where that works.
+        fixed: Samples a run must have, None = any number.
+    """
+
+    session: Session
+    proto: onnx.ModelProto
+    fixed: int | None = None
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What must be fed."""
+        return self.session.inputs
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """Outputs of all samples; with a fixed batch in pieces, the last one filled up with its own last sample."""
+        if self.fixed is None:
+            return self.session.run(feeds)
+        step = self.fixed
+        n = len(next(iter(feeds.values())))
+        parts = []
+        for start in range(0, n, step):
+            where = np.minimum(np.arange(start, start + step), n - 1)
+            parts.append(self.session.run({name: value[where] for name, value in feeds.items()}))
+        merged = [np.concatenate([np.atleast_1d(p[i]) for p in parts]) for i in range(len(parts[0]))]
+        return [value[:n] if len(value) >= n else value for value in merged]
+
+
+def open_network(
+    model: Model | onnx.ModelProto,
+    *,
+    provider: str | Provider = "cpu",
+    threads: int | None = None,
+    sample: Mapping[str, Array] | None = None,
+) -> Network:
+    """The model, ready for any number of samples.
+
+    A batch size fixed in the file is freed in a throw-away copy if that copy runs and agrees with the original on
+    `sample`; otherwise samples go through in pieces of the fixed size.
+
+    Args:
+        model: What to run.
+        provider: Name or resolved provider.
+        threads: Of one run; None = all cores.
+        sample: Inputs of at least 2 samples to try the copy on; default random.
+
+    Raises:
+        ModelError: ONNX Runtime does not load or run it.
+    """
+    where = resolve_provider(provider)
+    original = session(model, provider=where, threads=threads)
+    proto = plain(model.proto if isinstance(model, Model) else model)
+    fixed = {i.batch for i in original.inputs if i.batch is not None}
+    if not fixed:
+        return Network(original, proto)
+    size = max(fixed)
+    whole = Network(original, proto, size)
+    feeds = {k: v[:3] for k, v in sample.items()} if sample is not None else _random_feeds(original.inputs, 3)
+    try:
+        copy = free_batch(proto)
+        made = Model(copy, "", model.path) if isinstance(model, Model) else copy
+        freed = Network(session(made, provider=where, threads=threads), copy)
+        ours, theirs = freed.run(feeds), whole.run(feeds)
+        if all(_agree(a, b) for a, b in zip(ours, theirs, strict=True)):
+            return freed
+    except (ModelError, DataError):
+        if sample is not None:
+            whole.session.bind(feeds)  # data of a wrong shape is not the copy's fault: say so
+    return whole
+
+
+def _agree(a: Array, b: Array) -> bool:
+    if a.shape != b.shape:
+        return False
+    if a.dtype.kind not in "fc":
+        return bool(np.array_equal(a, b))
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    scale = max(1e-6, float(np.abs(y).max(initial=0)))
+    # float16 carries three digits; a batch that leaks between samples is off by far more than this
+    return bool(np.abs(x - y).max(initial=0) <= (_AGREE if a.dtype != np.float16 else 2e-2) * scale)
+
+
+def _random_feeds(inputs: Sequence[Input], n: int) -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    out = {}
+    for i in inputs:
+        shape = (n, *(16 if s is None else s for s in i.shape[1:]))
+        values = rng.normal(size=shape) if i.dtype.kind == "f" else rng.integers(0, 2, shape)
+        out[i.name] = values.astype(i.dtype)
+    return out
