@@ -7,8 +7,8 @@ Sources (see :func:`open_dataset`):
 - a `.csv` or `.txt` of `path,label` or `path label`, paths relative to the list;
 - `module:callable` or `file.py:callable`, yielding `(inputs, labels)` batches.
 
-Pixels (image files, uint8 arrays) are preprocessed. Float and int8 arrays are inputs already and keep their values; only
-a missing channel axis or channels on the other side are put right.
+Pixels (image files, uint8 arrays) are preprocessed. Float and int8 arrays are inputs already and keep their values;
+only a missing channel axis or channels on the other side are put right.
 """
 
 from __future__ import annotations
@@ -199,8 +199,8 @@ def open_dataset(
         kind = _KINDS.get(path.suffix.lower())
         if kind is None:
             raise DataError(
-                f"'{path}' is no data set: files are {', '.join(_KINDS)}. Give one of these, a folder with one sub-folder "
-                "a class, or module:callable.",
+                f"'{path}' is no data set: files are {', '.join(_KINDS)}. Give one of these, a folder with one "
+                "sub-folder a class, or module:callable.",
                 path=str(path),
             )
         data = kind(path, preprocess, **shared)

@@ -65,7 +65,8 @@ def _module(place: str) -> Any:
     if not path.is_file():
         raise DataError(f"There is no file '{path}' (looked in '{Path.cwd()}'). Correct the path.", path=place)
     module_spec = importlib.util.spec_from_file_location(f"_onnxcar_data_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
+    assert module_spec is not None  # a .py file always has a loader
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and pickle look the module up
     module_spec.loader.exec_module(module)
@@ -102,7 +103,8 @@ def collect(
             if len(set(sizes.values())) > 1 or (values is not None and (values.ndim == 0 or len(values) != n)):
                 shown = None if values is None else values.shape
                 raise DataError(
-                    f"Batch {number} of '{path}' has inputs of {sizes} samples and labels of shape {shown}. They must agree.",
+                    f"Batch {number} of '{path}' has inputs of {sizes} samples and labels of shape {shown}. "
+                    "They must agree.",
                     sample=number,
                 )
             if joined and joined.keys() != inputs.keys():
@@ -162,7 +164,8 @@ def _parts(
     for key, value in by_name.items():
         if value.dtype.hasobject or value.ndim == 0:
             raise DataError(
-                f"Batch {number} of '{path}' has no array of numbers{f' for input {key}' if key else ''}: {value.dtype}, shape {value.shape}. Yield arrays (k, ...).",
+                f"Batch {number} of '{path}' has no array of numbers{f' for input {key}' if key else ''} but "
+                f"{value.dtype} of shape {value.shape}. Yield arrays (k, ...).",
                 sample=number,
             )
     if not by_name:
@@ -189,17 +192,19 @@ class _Joined:
             self._row = row
         if row != self._row:
             raise DataError(
-                f"Batch {number} of {self._name} has {row[0]} samples of shape {row[1]}, earlier ones {self._row[0]} of {self._row[1]}. Yield one kind.",
+                f"Batch {number} of {self._name} has {row[0]} samples of shape {row[1]}, earlier ones are "
+                f"{self._row[0]} of shape {self._row[1]}. Yield one kind.",
                 sample=number,
             )
         self._n += len(batch)
         self._n_bytes += batch.nbytes
         if self._n_bytes > self._memory_bytes + self._disk_bytes:
             raise DataError(
-                f"{self._name} yields more than {self._n_bytes >> 20} MiB and does not end. Yield fewer samples, or list image files instead."
+                f"{self._name} yields more than {self._n_bytes >> 20} MiB and does not end. Yield fewer samples, or "
+                "list image files instead."
             )
         if self._file is None and self._n_bytes > self._memory_bytes:
-            self._file = tempfile.TemporaryFile(prefix="onnxcar-")
+            self._file = tempfile.TemporaryFile(prefix="onnxcar-")  # noqa: SIM115 -- lives as long as the map
             for part in self._parts:
                 self._file.write(part.tobytes())
             self._parts = []

@@ -68,8 +68,8 @@ def scan_folder(root: Path, *, labelled: bool = True) -> Found:
             images = _images_below(folder)
             if not images:
                 raise DataError(
-                    f"Class folder '{folder}' holds no images ({' '.join(SUFFIXES)}). Add some, or remove the folder and "
-                    "name all classes in a classes.txt so that the ids stay.",
+                    f"Class folder '{folder}' holds no images ({' '.join(SUFFIXES)}). Add some, or remove the folder "
+                    "and name all classes in a classes.txt so that the ids stay.",
                     path=str(folder),
                 )
             paths += images
@@ -285,8 +285,8 @@ def _read_member(file: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any
         n_bytes *= int(n)
     if info.file_size != start + n_bytes:
         raise DataError(
-            f"Array '{name.removesuffix('.npy')}' of '{file}' should take {n_bytes} bytes for shape {tuple(shape)} but takes "
-            f"{info.file_size - start}. The file is damaged: write it again.",
+            f"Array '{name.removesuffix('.npy')}' of '{file}' should take {n_bytes} bytes for shape {tuple(shape)} but "
+            f"takes {info.file_size - start}. The file is damaged: write it again.",
             path=str(file),
         )
     if n_bytes > _MAPPED_BYTES and info.compress_type == zipfile.ZIP_STORED:
@@ -304,7 +304,7 @@ def _read_member(file: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any
 
 
 def _data_offset(file: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin: behind its local header, whose name and extra field have their own lengths."""
+    """Where a stored member's bytes begin: behind its local header, whose two last fields vary in length."""
     with file.open("rb") as raw:
         raw.seek(info.header_offset)
         header = raw.read(30)

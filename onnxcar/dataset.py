@@ -15,7 +15,7 @@ from onnxcar.errors import DataError, OnnxcarWarning
 from onnxcar.images import normalize
 from onnxcar.pixel_cache import PixelCache
 from onnxcar.preprocess import Preprocess
-from onnxcar.sources import ArraySource, FileSource, PixelArray
+from onnxcar.sources import ArraySource, PixelArray, Source
 
 __all__ = ["DataWarning", "Dataset"]
 
@@ -49,7 +49,7 @@ class Dataset:
 
     def __init__(
         self,
-        source: FileSource | PixelArray | ArraySource,
+        source: Source,
         labels: NDArray[Any] | None,
         *,
         path: str,
@@ -131,11 +131,13 @@ class Dataset:
             return {key: self._laid_out(rows) for key, rows in self._source.rows(at).items()}
         source, pre = self._source, self.preprocess
 
+        if isinstance(source, PixelArray) and source.stored(pre):
+            return {"": normalize(source.stored_pixels(at, pre), pre)}
+
         def read(missing: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
             return source.pixels(missing, pre, self._threads)
 
-        pixels = read(at) if source.stored(pre) else self._cache.get(at, read)
-        return {"": normalize(self._stacked(pixels, at), pre)}
+        return {"": normalize(self._stacked(self._cache.get(at, read), at), pre)}
 
     def subset(self, indices: ArrayLike) -> Dataset:
         """The samples at these positions, in this order; decoded images are shared with this data set."""
@@ -188,8 +190,8 @@ class Dataset:
             return out
         if shape is not None and len(shape) != 4:
             raise DataError(
-                f"'{self.path}' holds images but the network's input has shape {tuple(shape)}, {len(shape)} axes instead "
-                "of 4. Store inputs of that shape as float32 in an .npz."
+                f"'{self.path}' holds images but the network's input has shape {tuple(shape)}, {len(shape)} axes "
+                "instead of 4. Store inputs of that shape as float32 in an .npz."
             )
         return self._with_preprocess(self.preprocess.for_input(shape))
 
@@ -211,8 +213,8 @@ class Dataset:
         if n_classes is not None and (low < 0 or high >= n_classes):
             bad = int(np.argmax((self.labels < 0) | (self.labels >= n_classes)))
             raise DataError(
-                f"Label {int(self.labels[bad])} of sample {self.name(bad)} is outside the network's {n_classes} classes "
-                f"(0..{n_classes - 1}); labels run from {low} to {high}. Correct the labels, or shift them with "
+                f"Label {int(self.labels[bad])} of sample {self.name(bad)} is outside the network's "
+                f"{n_classes} classes (0..{n_classes - 1}); labels run from {low} to {high}. Correct the labels, or shift them with "
                 "--label-offset.",
                 sample=self.name(bad),
             )
@@ -225,14 +227,13 @@ class Dataset:
 
     def _set_preprocess(self, pre: Preprocess) -> None:
         self.preprocess = pre
+        self._cache = PixelCache(len(self._source), self._memory_bytes, DISK_BYTES, self._cache_key)
+
+    def _cache_key(self) -> str:
+        pre = self.preprocess
+        content = self._source.digests(np.arange(len(self._source), dtype=np.int64)).tobytes()
         parts = (pre.hw, pre.crop_pct, pre.interpolation, pre.channels, pre.resize)
-        source, path = self._source, self.path
-
-        def key() -> str:
-            content = source.digests(np.arange(len(source), dtype=np.int64)).tobytes()
-            return hashlib.sha256(content + repr((path if not content else "", parts)).encode()).hexdigest()[:40]
-
-        self._cache = PixelCache(len(source), self._memory_bytes, DISK_BYTES, key)
+        return hashlib.sha256(content + repr(parts).encode()).hexdigest()[:40]
 
     def _laid_out(self, rows: NDArray[Any]) -> NDArray[Any]:
         if self._axes is None:
@@ -248,8 +249,8 @@ class Dataset:
             if image.shape != pixels[0].shape:
                 one, other = ("x".join(map(str, s)) for s in (pixels[0].shape, image.shape))
                 raise DataError(
-                    f"Images differ: '{self._source.name(int(at[0]))}' is {one}, '{self._source.name(int(i))}' is {other}. "
-                    "Set --size (and --channels), or the network's input does if its height and width are fixed.",
+                    f"Images differ: '{self._source.name(int(at[0]))}' is {one}, "
+                    f"'{self._source.name(int(i))}' is {other}. Set --size (and --channels), or the network's input does if its height and width are fixed.",
                     sample=self._source.name(int(i)),
                 )
         return np.stack(pixels)
@@ -331,7 +332,7 @@ def _axes(row: Sequence[int], wanted: Shape, path: str) -> tuple[int | None, ...
             return way
     shown = tuple("?" if not isinstance(n, int) or n <= 0 else n for n in wanted)
     raise DataError(
-        f"Samples of '{path}' have shape {tuple(row)} but the network's input has shape {shown}. Store them in that shape, "
-        "or as uint8 images to have them resized.",
+        f"Samples of '{path}' have shape {tuple(row)} but the network's input has shape {shown}. Store them in that "
+        "shape, or as uint8 images to have them resized.",
         path=path,
     )

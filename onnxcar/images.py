@@ -20,6 +20,9 @@ __all__ = ["decode", "fit", "normalize", "to_channels"]
 
 Pixels = NDArray[np.uint8]
 
+#: Added before rounding down, because crop_pct is often itself a rounded ratio: 224 / 0.9868 is meant to be 227.
+_SLACK = 0.005
+
 
 def decode(data: bytes, sample: str) -> Image.Image:
     """The image in an image file's bytes, as 8-bit gray (`L`) or `RGB`.
@@ -57,7 +60,8 @@ def _to_8_bit(image: Image.Image, sample: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise DataError(
-                f"Image '{sample}' has values from {values.min()} to {values.max()}, outside 16 bits. Save it with 8 or 16 bits a channel.",
+                f"Image '{sample}' has values from {values.min()} to {values.max()}, outside 16 bits. Save it with 8 "
+                "or 16 bits a channel.",
                 sample=sample,
             )
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
@@ -86,7 +90,7 @@ def fit(image: Image.Image, pre: Preprocess, sample: str) -> Pixels:
 def _resize_and_crop(image: Image.Image, pre: Preprocess, hw: tuple[int, int], sample: str) -> Image.Image:
     height, width = hw
     # the shorter side rounds down, the longer one to the nearest, the crop's corner down
-    box_h, box_w = (math.floor(n / pre.crop_pct + 1e-6) for n in hw)  # the tiny term keeps 224 / (224 / 227) at 227
+    box_h, box_w = (math.floor(n / pre.crop_pct + _SLACK) for n in hw)
     if pre.resize == "shortest":
         if box_h * image.width >= box_w * image.height:  # the height needs the larger factor
             new_h, new_w = box_h, max(box_w, round(image.width * box_h / image.height))
@@ -98,7 +102,8 @@ def _resize_and_crop(image: Image.Image, pre: Preprocess, hw: tuple[int, int], s
         new_h, new_w = image.height, image.width
         if new_h < height or new_w < width:
             raise DataError(
-                f"Image '{sample}' is {new_h}x{new_w}, smaller than the crop {height}x{width}. Let it be resized (resize='shortest'), or take it out.",
+                f"Image '{sample}' is {new_h}x{new_w}, smaller than the crop {height}x{width}. Let it be resized "
+                "(resize='shortest'), or take it out.",
                 sample=sample,
             )
     if (new_h, new_w) != (image.height, image.width):
@@ -145,7 +150,8 @@ def normalize(pixels: Pixels, pre: Preprocess) -> NDArray[np.float32]:
     def per_channel(name: str, values: tuple[float, ...]) -> NDArray[Any]:
         if len(values) not in (1, n_channels):
             raise DataError(
-                f"Images have {n_channels} channels but {name} has {len(values)} values. Give one value or {n_channels} (--{name}), or other --channels."
+                f"Images have {n_channels} channels but {name} has {len(values)} values. Give one value or "
+                f"{n_channels} (--{name}), or other --channels."
             )
         return np.array(values, np.float32).reshape(axis_shape if len(values) > 1 else ())
 

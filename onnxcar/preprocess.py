@@ -6,8 +6,8 @@ the pixel work is done in `onnxcar.images`.
 
 The arithmetic is `(pixel / scale - mean) / std` in float32, per channel, in the channel order that the network wants.
 
-**Scale of mean and std.** Numbers from papers come on two scales: 0.485 (pixels first divided by 255) and 123.675 (pixels
-as they are). Where no `scale` is stated, the values themselves say it:
+**Scale of mean and std.** Numbers from papers come on two scales: 0.485 (pixels first divided by 255) and 123.675
+(pixels as they are). Where no `scale` is stated, the values themselves say it:
 
 - any of them above 2 in magnitude (`mean=(104, 117, 123)`, `std=256`): pixels stay 0..255, `scale` is 1;
 - else, any of them other than the neutral mean 0 and std 1: pixels are divided by 255 first, `scale` is 255;
@@ -88,11 +88,13 @@ class Preprocess:
         put(self, "resize", _choice("resize", self.resize, ("shortest", "squash", "none")))
         if min(self.stds) <= 0:
             raise ConfigError(
-                f"std is {_text(self.stds)}: every value must be above 0. Give the standard deviation, e.g. --std 0.229,0.224,0.225."
+                f"std is {_text(self.stds)}: every value must be above 0. Give the standard deviation, "
+                "e.g. --std 0.229,0.224,0.225."
             )
         if len(self.means) > 1 and len(self.stds) > 1 and len(self.means) != len(self.stds):
             raise ConfigError(
-                f"mean has {len(self.means)} values and std has {len(self.stds)}. Give one value, or one per channel, for both."
+                f"mean has {len(self.means)} values and std has {len(self.stds)}. Give one value, or one per channel, "
+                "for both."
             )
         scale = _scale_of(self.means, self.stds, 255.0) if self.scale is None else _number("scale", self.scale)
         if scale <= 0:
@@ -167,7 +169,8 @@ class Preprocess:
             base = cls.from_file(source)
         else:
             raise ConfigError(
-                f"'{source}' is neither a preset nor a file. Use one of {', '.join(PRESETS)}, or the path of a preprocessor_config.json.",
+                f"'{source}' is neither a preset nor a file. Use one of {', '.join(PRESETS)}, or the path of a "
+                "preprocessor_config.json.",
                 value=str(source),
             )
         return base.override(**parts)
@@ -219,22 +222,24 @@ class Preprocess:
         wanted = tuple("?" if n is None else n for n in sizes)
         if n_channels is not None and n_channels not in (1, 3):
             raise ConfigError(
-                f"The network's input has shape {wanted}, which is {n_channels} channels in layout {layout}; images have 1 or 3. "
+                f"The network's input has shape {wanted}, {n_channels} channels in layout {layout}; images have 1 "
+                "or 3. "
                 f"{'Give --layout, or feed' if self.layout else 'Feed'} prepared float32 arrays from an .npz.",
                 shape=wanted,
             )
         channels = self.channels or (None if n_channels is None else "gray" if n_channels == 1 else "rgb")
         if n_channels is not None and (channels == "gray") != (n_channels == 1):
             raise ConfigError(
-                f"Preprocessing makes {channels} images but the network's input has shape {wanted}, {n_channels} channels. "
-                f"Use --channels {'gray' if n_channels == 1 else 'rgb'}.",
+                f"Preprocessing makes {channels} images but the network's input has shape {wanted}, {n_channels} "
+                f"channels. Use --channels {'gray' if n_channels == 1 else 'rgb'}.",
                 shape=wanted,
             )
         size = self.hw
         if h is not None and w is not None:
             if size is not None and size != (h, w):
                 raise ConfigError(
-                    f"Preprocessing makes images of {size[0]}x{size[1]} but the network's input has shape {wanted}. Use --size {h}x{w}, or leave --size out.",
+                    f"Preprocessing makes images of {size[0]}x{size[1]} but the network's input has shape {wanted}. "
+                    f"Use --size {h}x{w}, or leave --size out.",
                     shape=wanted,
                 )
             size = (h, w)
@@ -267,16 +272,14 @@ def _number(part: str, value: Any) -> float:
 def _numbers(part: str, value: Any) -> tuple[float, ...]:
     if isinstance(value, str):
         value = [v for v in value.replace(",", " ").split() if v]
-    elif not isinstance(value, Sequence):
-        value = (
-            [value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value]
-            if not hasattr(value, "tolist") or getattr(value, "ndim", 0) == 0
-            else value.tolist()
-        )
-    numbers = tuple(_number(part, v) for v in value)
+    elif hasattr(value, "tolist"):  # a number or an array of numpy's
+        value = value.tolist()
+    numbers = tuple(_number(part, v) for v in (value if isinstance(value, Sequence) else [value]))
     if len(numbers) not in (1, 3):
         raise ConfigError(
-            f"{part} has {len(numbers)} values. Give one, or one for each of three channels, e.g. --{part} 0.485,0.456,0.406 or --{part} 123.7,116.3,103.5.",
+            f"{part} has {len(numbers)} values. Give one, or one for each of three channels: "
+            f"{'0.485,0.456,0.406' if part == 'mean' else '0.229,0.224,0.225'} for pixels in 0..1, "
+            f"{'123.7,116.3,103.5' if part == 'mean' else '58.4,57.1,57.4'} for 0..255.",
             key=part,
         )
     return numbers
@@ -307,7 +310,8 @@ def _crop_pct(value: Any) -> float:
     pct = _number("crop_pct", value)
     if not 0 < pct <= 1:
         raise ConfigError(
-            f"crop_pct is {pct:g}, outside (0, 1]. It is the part of the image that is kept: 0.875 keeps 224 of 256 pixels.",
+            f"crop_pct is {pct:g}, outside (0, 1]. It is the part of the image that is kept: 0.875 keeps 224 of 256 "
+            "pixels.",
             key="crop_pct",
         )
     return pct

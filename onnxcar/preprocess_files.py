@@ -1,7 +1,8 @@
 """Preprocessing read from what timm and Hugging Face store beside their models.
 
-timm: `config.json` with a `pretrained_cfg`, or the resolved data config alone. Hugging Face: `preprocessor_config.json`
-of an image processor. Keys that would change the pixels in a way :class:`Preprocess` cannot say are refused, not ignored.
+timm: `config.json` with a `pretrained_cfg`, or the resolved data config alone. Hugging Face:
+`preprocessor_config.json` of an image processor. Keys that would change the pixels in a way :class:`Preprocess` cannot
+say are refused, not ignored.
 """
 
 from __future__ import annotations

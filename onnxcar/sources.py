@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,43 +21,10 @@ from onnxcar.errors import DataError
 from onnxcar.images import Pixels, decode, fit, to_channels
 from onnxcar.preprocess import Preprocess
 
-__all__ = ["ArraySource", "FileSource", "PixelSource", "Source", "array_source"]
+__all__ = ["ArraySource", "FileSource", "PixelArray", "Source", "array_source"]
 
 Indices = NDArray[np.int64]
 DIGEST_BYTES = 32
-
-
-class Source(Protocol):
-    """Samples by position; reading is thread-safe and the same call gives the same bytes."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        ...
-
-    def name(self, index: int) -> str:
-        """A sample's name for messages: its path, or its position."""
-        ...
-
-    def digests(self, indices: Indices) -> NDArray[np.uint8]:
-        """SHA-256 of each sample's content as stored, (k, 32); files are read as a stream."""
-        ...
-
-
-class PixelSource(Source, Protocol):
-    """A source of images."""
-
-    @property
-    def native_hw(self) -> tuple[int, int] | None:
-        """Height and width that all images are known to have, without reading them; None: unknown."""
-        ...
-
-    def stored(self, pre: Preprocess) -> bool:
-        """Whether the pixels lie in memory as `pre` wants them, so that caching them gains nothing."""
-        ...
-
-    def pixels(self, indices: Indices, pre: Preprocess, threads: int) -> list[Pixels]:
-        """Each sample resized, cropped and in the channels of `pre`: uint8 (h, w, c)."""
-        ...
 
 
 def parallel(function: Callable[[int], Any], indices: Indices, threads: int) -> list[Any]:
@@ -71,8 +38,6 @@ def parallel(function: Callable[[int], Any], indices: Indices, threads: int) -> 
 class FileSource:
     """Image files, decoded when they are read."""
 
-    native_hw: tuple[int, int] | None = None
-
     def __init__(self, paths: Sequence[Path]) -> None:
         """Take the files in this order; none is opened yet."""
         self._paths = [os.fspath(p) for p in paths]  # half a million Path objects are several times larger
@@ -84,10 +49,6 @@ class FileSource:
     def name(self, index: int) -> str:
         """The file's path."""
         return self._paths[index]
-
-    def stored(self, pre: Preprocess) -> bool:
-        """Never: files are compressed."""
-        return False
 
     def pixels(self, indices: Indices, pre: Preprocess, threads: int) -> list[Pixels]:
         """Decoded, resized and cropped, uint8 (h, w, c) each.
@@ -147,13 +108,15 @@ class PixelArray:
         return f"{self._origin}[{index}]"
 
     def stored(self, pre: Preprocess) -> bool:
-        """Whether no resizing is needed."""
+        """Whether the pixels lie here as `pre` wants them, so that keeping them elsewhere gains nothing."""
         return pre.hw in (None, self.native_hw)
 
+    def stored_pixels(self, indices: Indices, pre: Preprocess) -> Pixels:
+        """Pixels that need no resizing, uint8 (k, h, w, c)."""
+        return to_channels(self._array[indices], pre)
+
     def pixels(self, indices: Indices, pre: Preprocess, threads: int) -> list[Pixels]:
-        """Resized and cropped where the size differs, uint8 (h, w, c) each."""
-        if self.stored(pre):
-            return list(to_channels(self._array[indices], pre))
+        """Resized and cropped, uint8 (h, w, c) each."""
 
         def one(index: int) -> Pixels:
             pixels = np.asarray(self._array[index])[..., :3]  # alpha is dropped, as in files
@@ -207,6 +170,9 @@ class ArraySource:
     def digests(self, indices: Indices) -> NDArray[np.uint8]:
         """SHA-256 of each sample's shapes and values, (k, 32)."""
         return _row_digests([self.arrays[key] for key in sorted(self.arrays)], indices)
+
+
+Source = FileSource | PixelArray | ArraySource
 
 
 def _row_digests(arrays: Sequence[NDArray[Any]], indices: Indices) -> NDArray[np.uint8]:
