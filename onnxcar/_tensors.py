@@ -18,8 +18,8 @@ from onnx import TensorProto, numpy_helper
 from onnxcar.errors import ModelError
 
 MAX_RANK = 64  # numpy's limit
-# 2**40 elements are a terabyte in INT8: a damaged number, and products beyond it overflow in C++ code.
-MAX_ELEMENTS = 2**40
+# 2**38 elements are a terabyte in FLOAT: a damaged number, and products beyond it overflow in C++ code.
+MAX_ELEMENTS = 2**38
 
 # Bits of one element, by name because older onnx releases lack the newest types. STRING has none.
 _BITS = {

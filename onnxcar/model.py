@@ -231,25 +231,26 @@ def _read(file: Path, shown: str) -> bytes:
     try:
         # Non-blocking, or a pipe would make us wait for ever.
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except IsADirectoryError:
-        raise ModelError(f"{shown} is a folder. Name the .onnx file inside it.", path=str(file)) from None
     except (OSError, ValueError) as exc:
         if file.is_dir():  # how Windows says it
             raise ModelError(f"{shown} is a folder. Name the .onnx file inside it.", path=str(file)) from None
         reason = getattr(exc, "strerror", None) or exc
         raise ModelError(f"Cannot read {shown}: {reason}. Check the path.", path=str(file)) from exc
-    with os.fdopen(descriptor, "rb", closefd=True) as stream:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise ModelError(f"{shown} is a folder. Name the .onnx file inside it.", path=str(file))
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelError(f"{shown} is no regular file. Name an .onnx file.", path=str(file))
-        if status.st_size > MAX_PROTO_BYTES:
-            raise ModelError(
-                f"{shown} has {status.st_size} bytes; an ONNX file holds at most 2 GiB. "
-                "Export it with external data (torch.onnx.export does so above 2 GiB).",
-                path=str(file),
-            )
+    status = os.fstat(descriptor)
+    problem = ""
+    if stat.S_ISDIR(status.st_mode):
+        problem = "is a folder. Name the .onnx file inside it."
+    elif not stat.S_ISREG(status.st_mode):
+        problem = "is no regular file. Name an .onnx file."
+    elif status.st_size > MAX_PROTO_BYTES:
+        problem = (
+            f"has {status.st_size} bytes; an ONNX file holds at most 2 GiB. Export it with external data "
+            "(torch.onnx.export does so above 2 GiB)."
+        )
+    if problem:
+        os.close(descriptor)
+        raise ModelError(f"{shown} {problem}", path=str(file))
+    with os.fdopen(descriptor, "rb") as stream:
         return stream.read()
 
 

@@ -60,21 +60,21 @@ def cnn(make_model: MakeModel) -> onnx.ModelProto:
     """Conv(6) - Relu - Conv(5) - Relu - mean - Gemm(4): 6*27+6 + 5*54+5 + 4*5+4 = 467 parameters."""
     return make_model(
         """
-        [conv1] a = Conv <pads = [1, 1, 1, 1]> (x, conv1.weight, conv1.bias)
+        [conv1] a = Conv <pads = [1, 1, 1, 1]> (x, conv1_w, conv1_b)
         [relu1] b = Relu (a)
-        [conv2] c = Conv <pads = [1, 1, 1, 1]> (b, conv2.weight, conv2.bias)
+        [conv2] c = Conv <pads = [1, 1, 1, 1]> (b, conv2_w, conv2_b)
         [relu2] d = Relu (c)
         [pool] e = GlobalAveragePool (d)
         [flat] f = Flatten (e)
-        [fc] y = Gemm <transB = 1> (f, fc.weight, fc.bias)
+        [fc] y = Gemm <transB = 1> (f, fc_w, fc_b)
         """,
         weights={
-            "conv1.weight": (6, 3, 3, 3),
-            "conv1.bias": (6,),
-            "conv2.weight": (5, 6, 3, 3),
-            "conv2.bias": (5,),
-            "fc.weight": (4, 5),
-            "fc.bias": (4,),
+            "conv1_w": (6, 3, 3, 3),
+            "conv1_b": (6,),
+            "conv2_w": (5, 6, 3, 3),
+            "conv2_b": (5,),
+            "fc_w": (4, 5),
+            "fc_b": (4,),
         },
     )
 
@@ -84,24 +84,24 @@ def residual(make_model: MakeModel) -> onnx.ModelProto:
     """A stem of 6 filters, one residual block with 5 inner filters, mean, Gemm(4)."""
     return make_model(
         """
-        [stem] a = Conv <pads = [1, 1, 1, 1]> (x, stem.weight)
+        [stem] a = Conv <pads = [1, 1, 1, 1]> (x, stem_w)
         [relu0] b = Relu (a)
-        [conv1] c = Conv <pads = [1, 1, 1, 1]> (b, conv1.weight, conv1.bias)
+        [conv1] c = Conv <pads = [1, 1, 1, 1]> (b, conv1_w, conv1_b)
         [relu1] d = Relu (c)
-        [conv2] e = Conv <pads = [1, 1, 1, 1]> (d, conv2.weight, conv2.bias)
+        [conv2] e = Conv <pads = [1, 1, 1, 1]> (d, conv2_w, conv2_b)
         [add] f = Add (e, b)
         [relu2] g = Relu (f)
         [pool] h = GlobalAveragePool (g)
         [flat] i = Flatten (h)
-        [fc] y = Gemm <transB = 1> (i, fc.weight, fc.bias)
+        [fc] y = Gemm <transB = 1> (i, fc_w, fc_b)
         """,
         weights={
-            "stem.weight": (6, 3, 3, 3),
-            "conv1.weight": (5, 6, 3, 3),
-            "conv1.bias": (5,),
-            "conv2.weight": (6, 5, 3, 3),
-            "conv2.bias": (6,),
-            "fc.weight": (4, 6),
-            "fc.bias": (4,),
+            "stem_w": (6, 3, 3, 3),
+            "conv1_w": (5, 6, 3, 3),
+            "conv1_b": (5,),
+            "conv2_w": (6, 5, 3, 3),
+            "conv2_b": (6,),
+            "fc_w": (4, 6),
+            "fc_b": (4,),
         },
     )
