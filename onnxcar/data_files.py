@@ -131,14 +131,15 @@ def read_list(file: Path, *, labelled: bool = True) -> Found:
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
+        rows = [
+            (number, *_split_line(line, comma=file.suffix.lower() == ".csv"))
+            for number, line in enumerate(text.splitlines(), 1)
+            if line.strip() and not line.lstrip().startswith("#")
+        ]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError(
             f"List '{file}' cannot be read as UTF-8 text ({e}). Write 'path,label' lines.", path=str(file)
         ) from e
-    rows: list[tuple[int, str, list[str]]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            rows.append((number, *_split_line(line, comma=file.suffix.lower() == ".csv")))
     classes = _read_classes(file.parent / "classes.txt")
     if rows and _is_header(rows[0], file.parent, classes):
         rows = rows[1:]
@@ -157,10 +158,10 @@ def read_list(file: Path, *, labelled: bool = True) -> Found:
 def _split_line(line: str, *, comma: bool) -> tuple[str, list[str]]:
     """The path and the label texts of a line; paths may contain spaces."""
     line = line.strip()
-    if comma or "," in line:
+    head, _, tail = line.partition(",")
+    if comma or (tail and (head.lower().endswith(SUFFIXES) or not any(c.isspace() for c in tail.strip()))):
         cells = [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True))]
-        if comma or len(cells) > 1:
-            return cells[0], [cell for cell in cells[1:] if cell]
+        return cells[0], [cell for cell in cells[1:] if cell]
     path, _, label = line.rpartition("\t") if "\t" in line else line.rpartition(" ")
     if not path or label.lower().endswith(SUFFIXES):  # a line that is only a path, perhaps with spaces
         return line, []
@@ -258,7 +259,16 @@ def read_npz(file: Path, *, labelled: bool = True) -> tuple[NDArray[Any], NDArra
                 classes = tuple(str(v) for v in _read_member(file, archive, names["classes"]).reshape(-1).tolist())
     except DataError:
         raise
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError, RuntimeError) as e:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        ValueError,
+        EOFError,
+        struct.error,
+        NotImplementedError,
+        RuntimeError,
+        MemoryError,
+    ) as e:
         raise DataError(
             f"'{file}' cannot be read as an .npz ({type(e).__name__}: {e}). "
             "Write it with numpy.savez(file, images=..., labels=...).",
@@ -292,15 +302,22 @@ def _read_member(file: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any
     if n_bytes > _MAPPED_BYTES and info.compress_type == zipfile.ZIP_STORED:
         offset = _data_offset(file, info) + start
         return np.memmap(file, dtype, "r", offset=offset, shape=tuple(shape), order="F" if fortran else "C")
-    try:
-        with archive.open(info) as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
-    except MemoryError as e:
+    if n_bytes > _physical_bytes():  # or a small file of zeros takes the machine down
         raise DataError(
-            f"Array '{name.removesuffix('.npy')}' of '{file}' takes {n_bytes} bytes, more than there is memory. "
-            "Write it uncompressed (numpy.savez), then it is mapped.",
+            f"Array '{name.removesuffix('.npy')}' of '{file}' takes {n_bytes} bytes, more than this machine's memory. "
+            "Write it uncompressed (numpy.savez), then it is mapped instead of read.",
             path=str(file),
-        ) from e
+        )
+    with archive.open(info) as member:
+        array: NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
+    return array
+
+
+def _physical_bytes() -> float:
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return float("inf")
 
 
 def _data_offset(file: Path, info: zipfile.ZipInfo) -> int:

@@ -209,13 +209,15 @@ class Dataset:
                 "or store class labels as integers.",
                 path=self.path,
             )
+        if len(self) == 0:
+            raise DataError(f"No samples of '{self.path}' are left. Choose more of them.", path=self.path)
         low, high = int(self.labels.min()), int(self.labels.max())
         if n_classes is not None and (low < 0 or high >= n_classes):
             bad = int(np.argmax((self.labels < 0) | (self.labels >= n_classes)))
             raise DataError(
                 f"Label {int(self.labels[bad])} of sample {self.name(bad)} is outside the network's "
-                f"{n_classes} classes (0..{n_classes - 1}); labels run from {low} to {high}. Correct the labels, or shift them with "
-                "--label-offset.",
+                f"{n_classes} classes (0..{n_classes - 1}); labels run from {low} to {high}. "
+                "Correct the labels, or shift them with --label-offset.",
                 sample=self.name(bad),
             )
         if low == high:
@@ -250,7 +252,8 @@ class Dataset:
                 one, other = ("x".join(map(str, s)) for s in (pixels[0].shape, image.shape))
                 raise DataError(
                     f"Images differ: '{self._source.name(int(at[0]))}' is {one}, "
-                    f"'{self._source.name(int(i))}' is {other}. Set --size (and --channels), or the network's input does if its height and width are fixed.",
+                    f"'{self._source.name(int(i))}' is {other}. Set --size (and --channels), or use a "
+                    "network whose input has a fixed height and width.",
                     sample=self._source.name(int(i)),
                 )
         return np.stack(pixels)
