@@ -1,0 +1,410 @@
+"""The greedy loop: remove the least important group, look again, until a stop rule bites.
+
+Deterministic: what it does follows from the answers of its journal alone, so a resumed run walks the same path.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+from onnxcar.channels import ChannelSpace, Cost
+from onnxcar.errors import PlanError
+from onnxcar.journal import Journal
+from onnxcar.progress import Report
+from onnxcar.scope import Field, Keep
+
+__all__ = ["Choice", "Chooser", "Mark", "Path", "Step", "Stop", "retreat", "walk"]
+
+TINY = 1e-9  # a drop is a ratio of counts; this absorbs its rounding
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a search ends; of several rules the first that bites. None at all means `max_drop=0.01`.
+
+    Attributes:
+        ratio: Fraction of the filters of each selected layer (at global scope of all together) to remove, in (0, 1).
+        max_drop: A fraction: the step that would take the metric further below the original's is not made. At layer
+            scope the search goes on with the next layer.
+        target_macs: Fraction of the original's multiply-accumulates to come down to, in (0, 1).
+        target_params: The same of its params.
+        steps: At most that many greedy steps.
+        time_limit: Seconds after which no further step is begun.
+
+    Raises:
+        PlanError: A value is out of its range.
+    """
+
+    ratio: float | None = None
+    max_drop: float | None = None
+    target_macs: float | None = None
+    target_params: float | None = None
+    steps: int | None = None
+    time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "target_macs", "target_params"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise PlanError(
+                    f"{name} is {value}, and must be a fraction between 0 and 1, both excluded: 0.5 is half.",
+                    field=name,
+                )
+        if self.max_drop is not None and not 0 <= self.max_drop < float("inf"):
+            raise PlanError(
+                f"max_drop is {self.max_drop}, and must be a fraction of at least 0: 0.01 is one point.",
+                field="max_drop",
+            )
+        if self.steps is not None and self.steps < 1:
+            raise PlanError(f"steps is {self.steps}, and must be at least 1.", field="steps")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise PlanError(f"time_limit is {self.time_limit} s, and must be above 0.", field="time_limit")
+
+    @property
+    def any(self) -> bool:
+        """Whether there is any rule at all."""
+        return any(getattr(self, field.name) is not None for field in fields(self))
+
+    @property
+    def budget(self) -> bool:
+        """Whether it says what the result may cost rather than how much exactly to remove."""
+        exact = self.ratio is not None or self.steps is not None
+        return not exact and self != Stop(time_limit=self.time_limit)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Score of a network at some point of the path.
+
+    Attributes:
+        value: The metric, a fraction for accuracies.
+        correct: Number of correct samples, None where the metric counts none.
+        samples: Number of samples.
+        drop: How far the metric is worse than the original's; negative is better.
+    """
+
+    value: float
+    correct: int | None
+    samples: int
+    drop: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A group to remove next: its importance, and the score without it where that is known already."""
+
+    group: int
+    importance: float
+    mark: Mark | None = None
+
+
+class Chooser(Protocol):
+    """Ranks candidates and scores networks; the two questions of the loop that cost time."""
+
+    def lowest(self, removed: frozenset[int], candidates: Sequence[int], k: int) -> list[Choice]:
+        """The k least important candidates, lowest first, ties broken as the interface says."""
+
+    def mark(self, removed: frozenset[int]) -> Mark | None:
+        """Score of the network without `removed`; None where there is no data."""
+
+    def work(self, n_candidates: int) -> int:
+        """How many candidate evaluations one call of `lowest` amounts to."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One removed group. Groups that left together share the step's number, and the score and cost after it.
+
+    Attributes:
+        step: Number of the greedy step, from 1.
+        group: Id of the group.
+        importance: What the criterion gave it then.
+        mark: Score after the step; None where it was not asked for.
+        cost: Params and MACs after the step.
+    """
+
+    step: int
+    group: int
+    importance: float
+    mark: Mark | None
+    cost: Cost
+
+    def to_json(self, space: ChannelSpace) -> dict[str, Any]:
+        """The step as in the record."""
+        group = space.groups[self.group]
+        return {
+            "step": self.step,
+            "group": group.name,
+            "filters": [[weight, index] for weight, index in group.filters],
+            "importance": self.importance,
+            "value": None if self.mark is None else self.mark.value,
+            "correct": None if self.mark is None else self.mark.correct,
+            "macs": self.cost.macs,
+            "params": self.cost.params,
+        }
+
+
+@dataclass(frozen=True)
+class Path:
+    """What the loop removed.
+
+    Attributes:
+        steps: Removals that stand, in order.
+        given_back: Removals that were taken back so that counts are the multiples asked for, or the drop stays within
+            bounds.
+        base: Score of the original, None without data.
+        stopped: The rule that ended it: "ratio", "max_drop", "steps", "target_macs", "target_params", "time_limit", or
+            "nothing left" where no further group may go.
+    """
+
+    steps: tuple[Step, ...]
+    given_back: tuple[Step, ...]
+    base: Mark | None
+    stopped: str
+
+    @property
+    def groups(self) -> frozenset[int]:
+        """Ids of the removed groups."""
+        return frozenset(step.group for step in self.steps)
+
+
+def walk(
+    space: ChannelSpace,
+    search_fields: Sequence[Field],
+    chooser: Chooser,
+    *,
+    stop: Stop,
+    keep: Keep,
+    per_step: int = 1,
+    journal: Journal | None = None,
+    progress: Report | None = None,
+    started: float | None = None,
+) -> Path:
+    """Remove groups field by field; see `Stop` for when it ends.
+
+    Args:
+        space: Structure of the original.
+        search_fields: What competes with what, in the order they are worked on.
+        chooser: Ranks and scores.
+        stop: When to end; at least one rule.
+        keep: What layers keep.
+        per_step: Groups removed before the candidates are scored again.
+        journal: Answers of an interrupted run, and where new ones go.
+        progress: Told after every step.
+        started: `time.monotonic()` from which the time limit counts, default now.
+    """
+    loop = _Loop(space, search_fields, chooser, stop, keep, per_step, journal or Journal(None, {}), progress)
+    return loop.run(time.monotonic() if started is None else started)
+
+
+def retreat(space: ChannelSpace, path: Path, keep: Keep) -> Path:
+    """The path without its last removal, and without what then is no multiple any more; its last score is unknown."""
+    steps = path.steps[:-1]
+    back = keep.given_back([step.group for step in steps], keep.all_layers())
+    steps = tuple(step for step in steps if step.group not in back)
+    if steps:
+        cost = space.cost([step.group for step in steps])
+        steps = (*steps[:-1], replace(steps[-1], cost=cost, mark=None))
+    left = {step.group for step in steps}
+    gone = [*path.given_back, *(step for step in path.steps if step.group not in left)]
+    return replace(path, steps=steps, given_back=_sorted(gone))
+
+
+def _sorted(steps: Iterable[Step]) -> tuple[Step, ...]:
+    return tuple(sorted(steps, key=lambda step: (step.step, step.group)))
+
+
+class _Loop:
+    """State of one walk: the path so far, and what is known of the networks on it."""
+
+    def __init__(
+        self,
+        space: ChannelSpace,
+        search_fields: Sequence[Field],
+        chooser: Chooser,
+        stop: Stop,
+        keep: Keep,
+        per_step: int,
+        journal: Journal,
+        progress: Report | None,
+    ) -> None:
+        self.space, self.fields, self.chooser, self.stop, self.keep = space, search_fields, chooser, stop, keep
+        self.per_step, self.journal, self.progress = per_step, journal, progress
+        self.original = space.cost(())
+        self.steps: list[Step] = []
+        self.back: list[Step] = []
+        self.n_steps = 0
+        self.marks: dict[frozenset[int], Mark | None] = {}
+        self.done = 0
+        self.deadline = float("inf")
+        self.longest_s = 0.0
+
+    def run(self, started: float) -> Path:
+        if self.stop.time_limit is not None:
+            self.deadline = started + self.stop.time_limit
+        base = self.mark(frozenset())
+        stopped = "nothing left"
+        for number, field in enumerate(self.fields):
+            stopped = self.exhaust(field, sum(self.estimate(later) for later in self.fields[number + 1 :]))
+            self.settle(field.layers)
+            self.close()
+            if stopped in ("steps", "target_macs", "target_params", "time_limit"):
+                break
+        self.settle(self.keep.all_layers())
+        if self.stop.max_drop is not None:
+            self.keep_promise(self.stop.max_drop)
+        self.close()
+        return Path(tuple(self.steps), _sorted(self.back), base, stopped)
+
+    @property
+    def removed(self) -> frozenset[int]:
+        return frozenset(step.group for step in self.steps)
+
+    def exhaust(self, field: Field, later: int) -> str:
+        """Remove groups of one field until a rule bites; its name."""
+        gone = 0
+        wanted = None if self.stop.ratio is None else field.wanted(self.stop.ratio)
+        while True:
+            if (rule := self.bitten()) is not None:
+                return rule
+            if wanted is not None and gone >= wanted:
+                return "ratio"
+            removed = self.removed
+            candidates = self.keep.allowed(field.groups, removed)
+            if not candidates:
+                return "nothing left"
+            self.tell(field, later, len(candidates), None if wanted is None else wanted - gone)
+            k = self.per_step if wanted is None else min(self.per_step, wanted - gone)
+            choices = self.lowest(removed, candidates, min(k, len(candidates)))
+            taken = self.compatible(choices, removed, field, None if wanted is None else wanted - gone)
+            after = removed | {choice.group for choice in taken}
+            mark = self.mark_after(taken, after)
+            if self.stop.max_drop is not None and (mark is None or mark.drop > self.stop.max_drop + TINY):
+                return "max_drop"
+            self.n_steps += 1
+            cost = self.space.cost(after)
+            self.steps += [Step(self.n_steps, c.group, c.importance, mark, cost) for c in taken]
+            self.done += self.chooser.work(len(candidates))
+            gone += sum(field.counts[choice.group] for choice in taken)
+
+    def bitten(self) -> str | None:
+        """The rule that ends the whole search here, if any; targets are held against what would be shipped."""
+        if self.stop.steps is not None and self.n_steps >= self.stop.steps:
+            return "steps"
+        if self.stop.target_macs is not None or self.stop.target_params is not None:
+            back = self.keep.given_back([step.group for step in self.steps], self.keep.all_layers())
+            cost = self.space.cost(self.removed - back)
+            if self.stop.target_macs is not None and cost.macs <= self.stop.target_macs * self.original.macs:
+                return "target_macs"
+            if self.stop.target_params is not None and cost.params <= self.stop.target_params * self.original.params:
+                return "target_params"
+        # Answers from the journal take no time: a run that goes on has the whole limit for what is left.
+        if not self.journal.replaying and time.monotonic() + self.longest_s > self.deadline:
+            return "time_limit"
+        return None
+
+    def compatible(
+        self, choices: Sequence[Choice], removed: frozenset[int], field: Field, room: int | None
+    ) -> list[Choice]:
+        """The choices that can go together, in order: each alone could, two may empty a layer; no more than asked."""
+        taken: list[Choice] = []
+        filters = 0
+        for choice in choices:
+            if room is not None and filters >= room:
+                break
+            if not taken or self.keep.allowed([choice.group], removed | {c.group for c in taken}):
+                taken.append(choice)
+                filters += field.counts[choice.group]
+        return taken
+
+    def settle(self, layers: Collection[int]) -> None:
+        """Give back the last removals of layers whose count is not the multiple asked for."""
+        self.give_back(self.keep.given_back([step.group for step in self.steps], layers))
+
+    def keep_promise(self, max_drop: float) -> None:
+        """Give back from the end until the drop is within bounds: giving back for a multiple may have raised it."""
+        while self.steps and (mark := self.mark(self.removed)) is not None and mark.drop > max_drop + TINY:
+            self.give_back({self.steps[-1].group})
+            self.settle(self.keep.all_layers())
+
+    def give_back(self, groups: Collection[int]) -> None:
+        self.back += [step for step in self.steps if step.group in groups]
+        self.steps = [step for step in self.steps if step.group not in groups]
+
+    def close(self) -> None:
+        """Score and cost where a field ends; giving back may have torn a step apart, and not every step is scored."""
+        if self.steps:
+            removed = self.removed
+            self.steps[-1] = replace(self.steps[-1], mark=self.mark(removed), cost=self.space.cost(removed))
+
+    # --- the two questions ----------------------------------------------------------------------------------------
+
+    def lowest(self, removed: frozenset[int], candidates: Sequence[int], k: int) -> list[Choice]:
+        begun = time.monotonic()
+        answer = self.journal.ask(
+            {"lowest": k, "of": len(candidates), "after": len(removed), "crc": _crc(removed)},
+            lambda: [_choice_to_json(choice) for choice in self.chooser.lowest(removed, candidates, k)],
+        )
+        self.longest_s = max(self.longest_s, time.monotonic() - begun)
+        return [_choice_from_json(choice) for choice in answer]
+
+    def mark(self, removed: frozenset[int]) -> Mark | None:
+        if removed not in self.marks:
+            answer = self.journal.ask(
+                {"score": len(removed), "crc": _crc(removed)}, lambda: _mark_to_json(self.chooser.mark(removed))
+            )
+            self.marks[removed] = _mark_from_json(answer)
+        return self.marks[removed]
+
+    def mark_after(self, taken: Sequence[Choice], after: frozenset[int]) -> Mark | None:
+        """Score after a step: a lone choice brings its own, others are asked for where a rule needs them."""
+        if len(taken) == 1 and taken[0].mark is not None:
+            self.marks[after] = taken[0].mark
+            return taken[0].mark
+        if self.stop.max_drop is not None or taken[0].mark is not None:
+            return self.mark(after)
+        return None
+
+    # --- progress -------------------------------------------------------------------------------------------------
+
+    def estimate(self, field: Field, n_candidates: int | None = None, filters: int | None = None) -> int:
+        """Candidate evaluations that a field still takes at most."""
+        n = len(field.groups) if n_candidates is None else n_candidates
+        if filters is None:
+            filters = field.filters if self.stop.ratio is None else field.wanted(self.stop.ratio)
+        rounds = -(-min(n, filters) // self.per_step)
+        if self.stop.steps is not None:
+            rounds = min(rounds, self.stop.steps - self.n_steps)
+        return sum(self.chooser.work(n - i * self.per_step) for i in range(rounds))
+
+    def tell(self, field: Field, later: int, n_candidates: int, filters: int | None) -> None:
+        if self.progress is not None:
+            total = self.done + self.estimate(field, n_candidates, filters) + later
+            drop = self.steps[-1].mark.drop if self.steps and self.steps[-1].mark is not None else None
+            lost = "" if drop is None else f", drop {drop:.4f}"
+            self.progress.update(self.done, total, f"{field.name}: {len(self.steps)} groups removed{lost}")
+
+
+def _crc(removed: Collection[int]) -> int:
+    """Fingerprint of a set of groups, so that a journal cannot answer for another."""
+    return zlib.crc32(",".join(map(str, sorted(removed))).encode())
+
+
+def _mark_to_json(mark: Mark | None) -> list[Any] | None:
+    return None if mark is None else [mark.value, mark.correct, mark.samples, mark.drop]
+
+
+def _mark_from_json(value: list[Any] | None) -> Mark | None:
+    return None if value is None else Mark(*value)
+
+
+def _choice_to_json(choice: Choice) -> list[Any]:
+    return [choice.group, choice.importance, _mark_to_json(choice.mark)]
+
+
+def _choice_from_json(value: list[Any]) -> Choice:
+    return Choice(value[0], value[1], _mark_from_json(value[2]))

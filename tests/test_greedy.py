@@ -1,0 +1,264 @@
+"""The greedy loop on a real structure, with importances and scores that are known beforehand."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from onnxcar.errors import PlanError
+from onnxcar.greedy import Choice, Mark, Stop, retreat, walk
+from onnxcar.journal import Journal
+from onnxcar.model import from_proto
+from onnxcar.rules import analyze
+from onnxcar.scope import Keep, fields, select_layers
+
+
+class Known:
+    """Every group costs a number of correct samples of 100, whatever else is gone; the cheapest goes first."""
+
+    def __init__(self, cost: Sequence[int]) -> None:
+        self.cost = cost
+        self.asked: list[tuple[int, int]] = []
+        self.scored = 0
+
+    def score(self, removed):
+        lost = sum(self.cost[group] for group in removed)
+        return Mark((100 - lost) / 100, 100 - lost, 100, lost / 100)
+
+    def lowest(self, removed, candidates, k):
+        self.asked.append((len(candidates), k))
+        order = sorted(candidates, key=lambda group: (self.cost[group], group))[:k]
+        return [Choice(group, self.cost[group] / 100, self.score(removed | {group})) for group in order]
+
+    def mark(self, removed):
+        self.scored += 1
+        return self.score(removed)
+
+    def work(self, n_candidates):
+        return n_candidates
+
+
+@pytest.fixture
+def space(make_model):
+    """Groups 0-7 of the first Conv, 8-13 of the second."""
+    proto = make_model(
+        """a = Conv <pads = [1,1,1,1]> (x, one_w)
+           b = Relu(a)
+           c = Conv <pads = [1,1,1,1]> (b, two_w)
+           d = Relu(c)
+           e = GlobalAveragePool(d)
+           f = Flatten(e)
+           y = Gemm <transB = 1> (f, head_w)""",
+        weights={"one_w": (8, 3, 3, 3), "two_w": (6, 8, 3, 3), "head_w": (4, 6)},
+    )
+    return analyze(from_proto(proto))
+
+
+COST = [3, 0, 2, 9, 1, 5, 4, 7, 2, 0, 6, 1, 0, 8]
+
+
+def search(space, stop, *, scope="layer", chooser=None, min_filters=1, multiple=1, **options):
+    chooser = chooser or Known(COST)
+    found = fields(space, select_layers(space), (), scope)
+    return walk(space, found, chooser, stop=stop, keep=Keep(space, min_filters, multiple), **options)
+
+
+def order(path):
+    return [step.group for step in path.steps]
+
+
+def test_a_ratio_takes_the_cheapest_of_each_layer_in_graph_order(space):
+    path = search(space, Stop(ratio=0.5))
+    assert order(path) == [1, 4, 2, 0, 9, 12, 11]
+    assert path.stopped == "ratio"
+    assert [step.step for step in path.steps] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step.mark.correct for step in path.steps] == [100, 99, 97, 94, 94, 94, 93]
+    assert [step.importance for step in path.steps] == [0, 0.01, 0.02, 0.03, 0, 0, 0.01]
+    assert path.steps[-1].cost == space.cost(path.groups)
+
+
+def test_every_layer_keeps_min_filters(space):
+    path = search(space, Stop(ratio=0.9), min_filters=3)
+    assert len([g for g in order(path) if g < 8]) == 5
+    assert len([g for g in order(path) if g >= 8]) == 3
+    assert path.stopped == "nothing left"
+
+
+def test_max_drop_leaves_out_the_step_that_would_break_it_and_goes_on_with_the_next_layer(space):
+    path = search(space, Stop(max_drop=0.04))
+    assert order(path) == [1, 4, 2, 9, 12, 11]
+    assert path.steps[-1].mark.drop == pytest.approx(0.04)
+    assert path.stopped == "max_drop"
+
+
+def test_steps_end_the_whole_search(space):
+    path = search(space, Stop(steps=5, ratio=0.5))
+    assert order(path) == [1, 4, 2, 0, 9]
+    assert path.stopped == "steps"
+
+
+@pytest.mark.parametrize("which", ["macs", "params"])
+def test_a_cost_target_ends_the_search_at_the_first_step_that_meets_it(space, which):
+    path = search(space, Stop(**{f"target_{which}": 0.5}), scope="global")
+    goal = 0.5 * getattr(space.cost(()), which)
+    costs = [getattr(step.cost, which) for step in path.steps]
+    assert costs[-1] <= goal < costs[-2]
+    assert path.stopped == f"target_{which}"
+
+
+def test_the_first_of_several_rules_bites(space):
+    assert search(space, Stop(ratio=0.5, max_drop=0.01), scope="global").stopped == "max_drop"
+    assert search(space, Stop(ratio=0.1, max_drop=0.5), scope="global").stopped == "ratio"
+
+
+def test_global_scope_takes_the_cheapest_anywhere(space):
+    path = search(space, Stop(ratio=0.5), scope="global")
+    assert order(path) == [1, 9, 12, 4, 11, 2, 8]
+
+
+def test_several_groups_a_step_share_its_number_and_score(space):
+    chooser = Known(COST)
+    path = search(space, Stop(ratio=0.5), per_step=3, chooser=chooser)
+    assert order(path) == [1, 4, 2, 0, 9, 11, 12] or order(path) == [1, 4, 2, 0, 9, 12, 11]
+    assert [step.step for step in path.steps] == [1, 1, 1, 2, 3, 3, 3]
+    assert [step.mark.correct for step in path.steps] == [97, 97, 97, 94, 93, 93, 93]
+    assert [k for _, k in chooser.asked] == [3, 1, 3]
+
+
+def test_several_groups_a_step_never_empty_a_layer(space):
+    path = search(space, Stop(steps=4), per_step=5)
+    assert len([g for g in order(path) if g < 8]) == 7
+    assert len([g for g in order(path) if g >= 8]) == 5
+
+
+def test_counts_become_multiples_by_giving_back_the_last_removals(space):
+    path = search(space, Stop(max_drop=0.07), multiple=2)
+    # Layer 1 would lose 1, 4, 2, 0 (drop 6); layer 2 then 9, 12 and 11, whose last one goes back.
+    assert order(path) == [1, 4, 2, 0, 9, 12]
+    assert [step.group for step in path.given_back] == [11]
+    assert path.steps[-1].mark.correct == 94
+
+
+def test_a_cost_target_is_met_by_what_is_left_after_giving_back(space):
+    plain = search(space, Stop(target_macs=0.6), scope="global")
+    even = search(space, Stop(target_macs=0.6), scope="global", multiple=4)
+    assert even.given_back
+    assert even.steps[-1].cost.macs <= 0.6 * space.cost(()).macs
+    assert even.groups != plain.groups
+    left = Keep(space).filters(even.groups)
+    assert left[0] % 4 == 0
+    assert left[1] in (4, 6)
+
+
+def test_giving_back_never_breaks_the_promised_drop(space):
+    class Jealous(Known):
+        """Group 9 may only go together with group 12."""
+
+        def score(self, removed):
+            lost = sum(self.cost[group] for group in removed) + (20 if 9 in removed and 12 not in removed else 0)
+            return Mark((100 - lost) / 100, 100 - lost, 100, lost / 100)
+
+        def lowest(self, removed, candidates, k):
+            return [Choice(group, 0.0, self.score(removed | {group})) for group in (11, 9, 12, 8, 10, 13)[:k]]
+
+    found = fields(space, select_layers(space, ["two_w"]), (), "layer")
+    stop, keep = Stop(max_drop=0.05, steps=1), Keep(space, 1, 2)
+    path = walk(space, found, Jealous(COST), stop=stop, keep=keep, per_step=3)
+    # Three of six leave three: 12 goes back for an even count, which breaks the promise, so all goes back.
+    assert path.steps == ()
+    assert [step.group for step in path.given_back] == [9, 11, 12]
+    loose = walk(space, found, Jealous(COST), stop=Stop(max_drop=0.3, steps=1), keep=keep, per_step=3)
+    assert order(loose) == [11, 9]
+    assert loose.steps[-1].mark.drop == pytest.approx(0.21)
+
+
+def test_a_path_can_retreat_by_one_removal(space):
+    path = search(space, Stop(ratio=0.5))
+    shorter = retreat(space, path, Keep(space))
+    assert order(shorter) == order(path)[:-1]
+    assert [step.group for step in shorter.given_back] == [11]
+    assert shorter.steps[-1].cost == space.cost(shorter.groups)
+    even = retreat(space, search(space, Stop(ratio=0.5), multiple=2), Keep(space, 1, 2))
+    assert order(even) == [1, 4, 2, 0]
+
+
+def test_a_resumed_walk_equals_an_uninterrupted_one_whatever_it_was_killed_after(space, tmp_path):
+    options = {"stop": Stop(max_drop=0.15), "per_step": 2, "multiple": 2}
+    whole = tmp_path / "whole.jsonl"
+    with Journal(whole, {}) as journal:
+        want = search(space, journal=journal, **options)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 8
+    for n in range(1, len(lines) + 1):
+        path = tmp_path / f"{n}.jsonl"
+        path.write_bytes(b"".join(lines[:n]) + lines[min(n, len(lines) - 1)][: n % 5])
+        chooser = Known(COST)
+        with Journal(path, {}) as journal:
+            assert search(space, journal=journal, chooser=chooser, **options) == want
+        assert len(chooser.asked) + chooser.scored == len(lines) - n
+        assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_journal_of_other_removals_is_refused(space, tmp_path):
+    from onnxcar.errors import JournalError
+
+    path = tmp_path / "run.jsonl"
+    with Journal(path, {}) as journal:
+        search(space, Stop(ratio=0.5), journal=journal)
+    with Journal(path, {}) as journal, pytest.raises(JournalError, match="this run asks"):
+        search(space, Stop(ratio=0.5), scope="global", journal=journal)
+
+
+def test_time_ends_the_search_with_what_is_done(space, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    class Slow(Known):
+        def lowest(self, removed, candidates, k):
+            now[0] += 10
+            return super().lowest(removed, candidates, k)
+
+    path = search(space, Stop(ratio=0.9, time_limit=35), chooser=Slow(COST), started=0.0)
+    assert order(path) == [1, 4, 2]
+    assert path.stopped == "time_limit"
+
+
+def test_progress_counts_candidates_and_never_passes_its_total(space):
+    seen = []
+
+    class Meter:
+        def update(self, done, total, text=""):
+            seen.append((done, total, text))
+
+    search(space, Stop(ratio=0.5), progress=Meter())
+    assert seen[0][:2] == (0, 8 + 7 + 6 + 5 + 6 + 5 + 4)
+    assert [done for done, _, _ in seen] == [0, 8, 15, 21, 26, 32, 37]
+    assert len({total for _, total, _ in seen}) == 1
+    assert "groups removed" in seen[-1][2]
+    assert "drop" in seen[-1][2]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"ratio": 0},
+        {"ratio": 1},
+        {"ratio": 50},
+        {"max_drop": -0.1},
+        {"target_macs": 1.0},
+        {"steps": 0},
+        {"time_limit": 0},
+    ],
+)
+def test_a_rule_out_of_range_is_refused(bad):
+    (name,) = bad
+    with pytest.raises(PlanError, match=name) as caught:
+        Stop(**bad)
+    assert caught.value.field == name
+
+
+def test_a_budget_is_what_bounds_the_cost_but_does_not_say_how_much_to_remove():
+    assert Stop(max_drop=0.01).budget
+    assert Stop(target_macs=0.5, time_limit=60).budget
+    assert not Stop(ratio=0.5, max_drop=0.01).budget
+    assert not Stop(time_limit=60).budget
+    assert not Stop().any
