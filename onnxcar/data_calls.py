@@ -218,5 +218,6 @@ class _Joined:
         assert self._row is not None
         if self._file is None:
             return np.concatenate(self._parts)
-        self._file.flush()
-        return np.memmap(self._file, self._row[0], "r", shape=(self._n, *self._row[1]))
+        with self._file:  # the map holds the file open by itself
+            self._file.flush()
+            return np.memmap(self._file, self._row[0], "r", shape=(self._n, *self._row[1]))

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,8 +110,8 @@ class _File:
         os.utime(folder)  # the age that eviction goes by
         _evict(folder.parent, keep=folder, limit_bytes=limit_bytes)
         self._shape, self._row_bytes = shape, int(np.prod(shape))
-        self._rows_file, self._rows = _open(folder / "pixels", (n, *shape))
-        self._there_file, self._there = _open(folder / "there", (n,))
+        self._paths = (folder / "pixels", folder / "there")
+        self._rows, self._there = _mapped(self._paths[0], (n, *shape)), _mapped(self._paths[1], (n,))
         room = min(limit_bytes, shutil.disk_usage(folder).free // 2)
         self._left = room // self._row_bytes - int(np.count_nonzero(self._there))
 
@@ -122,18 +122,19 @@ class _File:
         if self._left <= 0 or row.shape != self._shape or self._there[index]:
             return
         self._left -= 1
-        self._rows_file.seek(index * self._row_bytes)
-        self._rows_file.write(np.ascontiguousarray(row).data)
-        self._there_file.seek(index)
-        self._there_file.write(b"\x01")  # after the row, so that a reader never sees half of it
+        writes = ((index * self._row_bytes, row.tobytes()), (index, b"\x01"))
+        for path, (place, content) in zip(self._paths, writes, strict=True):  # the flag last: no reader sees half a row
+            with path.open("r+b") as file:
+                file.seek(place)
+                file.write(content)
 
 
-def _open(path: Path, shape: tuple[int, ...]) -> tuple[IO[bytes], NDArray[np.uint8]]:
+def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     n_bytes = int(np.prod(shape))
     with path.open("ab") as file:
         if file.tell() < n_bytes:
             file.truncate(n_bytes)  # extends with zeros that take no disk
-    return path.open("r+b", buffering=0), np.memmap(path, np.uint8, "r", shape=shape)
+    return np.memmap(path, np.uint8, "r", shape=shape)
 
 
 def _evict(folder: Path, keep: Path, limit_bytes: int) -> None:

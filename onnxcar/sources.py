@@ -156,7 +156,7 @@ class ArraySource:
             if rows.dtype.kind == "f":
                 with np.errstate(over="ignore"):  # a float64 beyond float32 is reported just below
                     rows = rows.astype(np.float32, copy=False)
-                good = np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
+                good = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
                 if not good.all():
                     bad = int(indices[int(np.argmin(good))])
                     raise DataError(
