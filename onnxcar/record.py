@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import pathlib
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from onnxcar.errors import OutputError
 
 if TYPE_CHECKING:
     from onnxcar.data import Dataset
+    from onnxcar.greedy import Path
     from onnxcar.scoring import Score
     from onnxcar.surgery import Verified
 
@@ -30,6 +31,7 @@ __all__ = [
     "dumps",
     "metadata",
     "model_entry",
+    "path_entries",
     "protected_entries",
     "score_entry",
     "verify_entry",
@@ -39,7 +41,7 @@ __all__ = [
 SCHEMA = 1
 
 
-def model_entry(path: Path | None, sha256: str | None, cost: Cost, n_bytes: int | None) -> dict[str, Any]:
+def model_entry(path: pathlib.Path | None, sha256: str | None, cost: Cost, n_bytes: int | None) -> dict[str, Any]:
     """What a record says of one model file; path, hash and size of a result are null until it is written."""
     return {
         "path": None if path is None else str(path),
@@ -65,6 +67,19 @@ def score_entry(score: Score | None) -> dict[str, Any] | None:
     if score is None:
         return None
     return {"value": score.value, "correct": score.correct, "samples": score.samples}
+
+
+def path_entries(space: ChannelSpace, path: Path | None) -> dict[str, Any]:
+    """How the search went: the removals that stand, those that were given back, and what ended it.
+
+    `given_back` holds removals that were undone for a multiple or a promise; at global scope the scores of the steps
+    after one were counted without it.
+    """
+    return {
+        "stopped": "plan" if path is None else path.stopped,
+        "steps": [] if path is None else [step.to_json(space) for step in path.steps],
+        "given_back": [] if path is None else [step.to_json(space) for step in path.given_back],
+    }
 
 
 def protected_entries(space: ChannelSpace) -> list[dict[str, Any]]:
@@ -99,20 +114,20 @@ def dumps(record: Mapping[str, Any]) -> str:
     return _layout(_finite(record), 0) + "\n"
 
 
-def write(record: Mapping[str, Any], path: str | Path, *, force: bool = False) -> None:
+def write(record: Mapping[str, Any], path: str | pathlib.Path, *, force: bool = False) -> None:
     """Write the record, whole or not at all.
 
     Raises:
         OutputError: The file exists and ``force`` is not set, or it cannot be written.
     """
-    target = Path(path)
+    target = pathlib.Path(path)
     if target.exists() and not force:
         raise OutputError(f"{target} exists. Name another file, or give --force to replace it.", path=target)
     text = dumps(record)
-    temporary: Path | None = None
+    temporary: pathlib.Path | None = None
     try:
         with tempfile.NamedTemporaryFile("wb", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = Path(file.name)
+            temporary = pathlib.Path(file.name)
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())

@@ -170,22 +170,20 @@ class Keep:
 
     def filters(self, removed: Iterable[int]) -> list[int]:
         """How many filters each layer keeps without the groups `removed`."""
-        left = [layer.filters for layer in self.space.layers]
-        for group in removed:
-            for layer, number in self._counts[group].items():
-                left[layer] -= number
-        return left
+        alive = self.space.alive(list(removed))
+        return [int(alive[layer.groups].sum()) for layer in self.space.layers]
 
     def allowed(self, candidates: Iterable[int], removed: Collection[int]) -> list[int]:
         """Those candidates that can go after `removed`: no axis is emptied, every layer keeps `min_filters`."""
         blocked = self.space.blocked(removed)
+        free = [group for group in candidates if group not in removed and group not in blocked]
+        if self.min_filters == 1:
+            return free  # no layer is emptied: its filters are an axis
         left = self.filters(removed)
         return [
             group
-            for group in candidates
-            if group not in removed
-            and group not in blocked
-            and all(left[layer] - number >= self.min_filters for layer, number in self._counts[group].items())
+            for group in free
+            if all(left[layer] - number >= self.min_filters for layer, number in self._counts[group].items())
         ]
 
     def multiple(self, layer: int) -> int:

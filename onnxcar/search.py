@@ -47,17 +47,25 @@ class Run:
         model: The compact model, verified, not yet written.
         plan: The groups that are gone.
         record: The JSON record; `write` completes path, hash and size of the result.
-        steps: The removals in order; none where a plan was given.
-        stopped: The rule that ended the search, see `greedy.Path`; "plan" where a plan was given.
+        path: How the search went, None where a plan was given.
         journal: File with the answers of the search, None if none was kept.
     """
 
     model: Model
     plan: Plan
     record: dict[str, Any]
-    steps: tuple[Step, ...]
-    stopped: str
+    path: GreedyPath | None
     journal: Path | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The removals in order; none where a plan was given."""
+        return () if self.path is None else self.path.steps
+
+    @property
+    def stopped(self) -> str:
+        """The rule that ended the search, see `greedy.Path`; "plan" where a plan was given."""
+        return "plan" if self.path is None else self.path.stopped
 
 
 def prune(
@@ -170,25 +178,21 @@ def prune(
             )
         chosen = Plan(path.groups)
     base = None if scorer is None else scorer.base(frozenset())
-    while True:
-        compact = surgery.remove(space, chosen)
-        final = None if data is None else run_on.evaluate(compact, data, metric)
-        if path is None or not path.steps or base is None or final is None or rule.max_drop is None:
-            break
-        if base.reduction(final) <= rule.max_drop + TINY:
-            break
+    compact = surgery.remove(space, chosen)
+    final = run_on.evaluate(compact, data, metric)
+    while path is not None and path.steps and rule.max_drop is not None and _fell(base, final) > rule.max_drop + TINY:
         # Removing and masking round differently, and a sample on the edge fell: the promise is about what is shipped.
         path = retreat(space, path, keep)
         chosen = Plan(path.groups)
+        compact = surgery.remove(space, chosen)
+        final = run_on.evaluate(compact, data, metric)
     verified = surgery.verify(space, chosen, compact) if verify else None
-    steps = () if path is None else path.steps
-    cost = space.cost(chosen.groups)
     found: dict[str, Any] = {
         "onnxcar": onnxcar.__version__,
         "schema": records.SCHEMA,
         "command": "prune",
         "model": records.model_entry(model.path, model.sha256, space.cost(()), model.n_bytes),
-        "result": records.model_entry(None, None, cost, None),
+        "result": records.model_entry(None, None, space.cost(chosen.groups), None),
         "data": records.data_entry(data),
         "test_data": records.data_entry(test_data),
         "optimistic": test_data is None,
@@ -202,15 +206,13 @@ def prune(
         "criterion": "plan" if path is None else row.name,
         "recover": "none",
         "arguments": arguments,
-        "stopped": "plan" if path is None else path.stopped,
-        "steps": [step.to_json(space) for step in steps],
-        "given_back": [] if path is None else [step.to_json(space) for step in path.given_back],
+        **records.path_entries(space, path),
         "removed": chosen.removed(space),
         "protected": records.protected_entries(space),
         "verify": records.verify_entry(verified),
     }
     found["seconds"] = round(time.monotonic() - started, 3)
-    return Run(compact, chosen, found, steps, found["stopped"], None if journal is None else Path(journal))
+    return Run(compact, chosen, found, path, None if journal is None else Path(journal))
 
 
 def write(run: Run, out: str | Path, *, record: str | Path | None = None, force: bool = False) -> dict[str, Any]:
@@ -269,6 +271,10 @@ class _RunOn:
 
     def evaluate(self, model: Model, data: Dataset | None, metric: str) -> Score | None:
         return None if data is None else evaluate(model, data, metric=metric, **asdict(self))
+
+
+def _fell(base: Score | None, final: Score | None) -> float:
+    return 0.0 if base is None or final is None else base.reduction(final)
 
 
 def _header(
