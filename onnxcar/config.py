@@ -102,6 +102,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "max_drop": Key("number"),
         "min_score": Key("number"),
         "max_latency_ratio": Key("number"),
+        "runs": Key("int"),
         "json": Key(place="path or -"),
         "report": Key(place="path"),
     },
