@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import IO, Any
 
 import numpy as np
@@ -184,8 +184,7 @@ def extent(tensor: TensorProto) -> Extent:
     parts = location.replace("\\", "/").split("/")
     outside = (
         ".." in parts
-        or PurePosixPath(location).is_absolute()
-        or PureWindowsPath(location).anchor
+        or PureWindowsPath(location).anchor  # absolute on POSIX too
         or ":" in location
         or not location.isprintable()
         or parts[-1] in ("", ".")

@@ -295,6 +295,11 @@ def test_names_from_the_file_cannot_break_the_line_or_the_terminal(cnn: ModelPro
     text = refused(write(tmp_path, cnn))
     assert "\x1b" not in text
     assert len(text) < 500
+    cnn.graph.node[1].input[0] = "a"
+    cnn.graph.node[1].op_type = "\x1b[31m" + "Z" * 5000
+    text = refused(write(tmp_path, cnn), "checker")
+    assert "\x1b" not in text
+    assert len(text) < 800
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -309,6 +314,7 @@ def test_names_from_the_file_cannot_break_the_line_or_the_terminal(cnn: ModelPro
         ([1] * 65, "impossible dims"),
         ([0, 2**62], "impossible dims"),
         ([7, 3, 3, 3], "needs 756 bytes and has 648"),
+        ([5, 3, 3, 3], "needs 540 bytes and has 648"),
     ],
 )
 def test_dims_that_do_not_fit_the_values_are_refused(
@@ -426,7 +432,7 @@ def test_a_location_given_twice_is_refused(cnn: ModelProto, tmp_path: Path) -> N
     path = external_copy(cnn, tmp_path)
     proto = onnx.load(path, load_external_data=False)
     proto.graph.initializer[0].external_data.add(key="location", value="/etc/passwd")
-    refused(write(tmp_path, proto), "twice")
+    refused(write(tmp_path, proto), "gives 'location' twice")
 
 
 def test_a_truncated_data_file_is_refused(cnn: ModelProto, tmp_path: Path) -> None:

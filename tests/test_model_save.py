@@ -194,6 +194,7 @@ def test_lazy_tensors_are_streamed_and_replaced_ones_written(
         assert sum(is_external(t) for t in made.proto.graph.initializer) == 2
         for tensor in made.proto.graph.initializer:
             assert np.array_equal(made.array(tensor), expected[tensor.name])
+        assert made.proto.graph.initializer[0].doc_string == "weights"
     # All but weights and the new entry is untouched.
     loaded = onnx.load(out / "net.onnx")
     del loaded.graph.initializer[:], rich.graph.initializer[:]
@@ -206,7 +207,8 @@ def test_offsets_are_aligned_and_the_file_runs(make_model: MakeModel, tmp_path: 
     weights = {"a": (4, 300), "b": (300, 300), "c": (300, 4)}
     proto = make_model("p = MatMul (x, a) q = MatMul (p, b) y = MatMul (q, c)", "float[N,4] x", weights=weights)
     model = onnxcar.model.Model(proto, "", external=True)
-    save(model, tmp_path / "net.onnx")
+    saved = save(model, tmp_path / "net.onnx")
+    assert saved.proto == load(tmp_path / "net.onnx").proto == proto  # little enough to be held
     tensors = onnx.load(tmp_path / "net.onnx", load_external_data=False).graph.initializer
     offsets = [int(next(e.value for e in t.external_data if e.key == "offset")) for t in tensors]
     assert offsets == [0, 8192, 368192]  # b has pages of its own, the others do not
