@@ -307,6 +307,8 @@ def _fit(value: Any, want: Input) -> Any:
             value = np.clip(np.rint(value), limits.min, limits.max)
         value = value.astype(want.dtype)
     sizes = want.shape
+    if not sizes:  # a scalar, or of unknown rank
+        return value
     if len(value.shape) != len(sizes) or any(
         s is not None and s != n for s, n in zip(sizes[1:], value.shape[1:], strict=True)
     ):

@@ -1,0 +1,374 @@
+"""A site: candidates whose channels are read at the same values, and the two graphs that score them.
+
+The prefix is what no candidate changes; it runs once per image. The suffix is everything behind the masked reads. Its
+rows are (candidate, image) pairs: each row takes its image's cut values and multiplies what is read by its own mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from onnxcar.channels import ChannelSpace, Read
+from onnxcar.errors import DataError, InternalError, ModelError
+from onnxcar.model import Model
+from onnxcar.runtime import Network, Session, constants, extract, graph_inputs, session, uses, value_types
+
+__all__ = ["BASE", "Block", "Site", "open_site", "reads_of", "whole_site"]
+
+Array = npt.NDArray[Any]
+Indices = npt.NDArray[np.int64]
+BASE = -2  # as a candidate: none; -1 marks positions that belong to no group
+PREFIX = "onnxcar."
+PROBE = 4  # samples on which rows are held against the whole network
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Cut values of some images, held in memory.
+
+    Attributes:
+        indices: Which images, (k,).
+        values: Value name -> (k, ...).
+    """
+
+    indices: Indices
+    values: dict[str, Array]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory it takes."""
+        return sum(value.nbytes for value in self.values.values())
+
+
+def reads_of(space: ChannelSpace) -> dict[int, tuple[int, ...]]:
+    """Group id -> indices of the reads where its channels are masked; a group that nothing reads is missing."""
+    found: dict[int, list[int]] = {}
+    for k, read in enumerate(space.reads):
+        for group in np.unique(read.groups).tolist():
+            if group >= 0:
+                found.setdefault(group, []).append(k)
+    return {group: tuple(ks) for group, ks in found.items()}
+
+
+class Site:
+    """Scores candidates whose channels are read at `reads`; see `open_site`.
+
+    Attributes:
+        reads: Indices of the reads in the space.
+        by_row: Whether each row has a mask of its own; else all rows of a run share one candidate.
+        cut: Names of the cut values with a row for each image.
+        entries: Those of the reads that are cut values: their channels are known before the suffix runs.
+    """
+
+    def __init__(
+        self,
+        space: ChannelSpace,
+        reads: tuple[int, ...],
+        prefix: Network | None,
+        suffix: Session,
+        cut: Sequence[str],
+        fixed: int | None = None,
+    ) -> None:
+        """Hold the sessions; `open_site` makes them."""
+        self.space = space
+        self.reads = reads
+        self.prefix = prefix
+        self.suffix = suffix
+        self.cut = tuple(cut)
+        self.by_row = fixed is None and prefix is not None
+        self._fixed = fixed
+        self.entries = tuple(k for k in reads if space.reads[k].value in self.cut) if self.by_row else ()
+        self._groups = {k: space.reads[k].groups for k in reads}
+        self._types = {i.name: i.dtype for i in suffix.inputs}
+        self._keep: dict[int, Array] = {}
+        self.set_removed(())
+
+    def set_removed(self, removed: Collection[int]) -> None:
+        """From now on these groups are masked in every row, besides the row's candidate."""
+        alive = self.space.alive(removed)
+        self._keep = {k: alive[groups] for k, groups in self._groups.items()}
+
+    def load(self, inputs: Callable[[Indices], dict[str, Array]], indices: Indices, batch: int) -> Block:
+        """Cut values of the images at `indices`; `inputs` gives their network inputs."""
+        values: dict[str, Array] = {}
+        for start in range(0, len(indices), batch):
+            part = indices[start : start + batch]
+            feeds = inputs(part)
+            got = self.prefix.run(feeds) if self.prefix is not None else [feeds[name] for name in self.cut]
+            for name, value in zip(self.cut, got, strict=True):
+                if name not in values:
+                    values[name] = np.empty((len(indices), *value.shape[1:]), value.dtype)
+                values[name][start : start + len(part)] = value
+        return Block(indices, values)
+
+    def masks(self, candidates: Indices) -> dict[str, Array]:
+        """Feeds that mask each row's candidate, (k,), and all removed groups."""
+        out = {}
+        for k, groups in self._groups.items():
+            name = _mask_name(k)
+            if name not in self._types:
+                continue
+            shape = (-1, *(1,) * (groups.ndim - 1))
+            alive = self._keep[k] & (groups != candidates.reshape(shape))
+            out[name] = alive.astype(self._types[name])
+        return out
+
+    def run(self, block: Block, candidates: Indices, rows: Indices) -> Array:
+        """First output of the network for each pair, (k, ...).
+
+        Args:
+            block: Cut values.
+            candidates: Group to mask in each row, `BASE` for none, (k,).
+            rows: Position in `block` of each row's image, (k,).
+        """
+        if self.by_row:
+            return self._run_rows(block, candidates, rows)
+        out: Array | None = None
+        for group in np.unique(candidates).tolist():
+            where = np.flatnonzero(candidates == group)
+            got = self._run_shared(block, group, rows[where])
+            if out is None:
+                out = np.empty((len(rows), *got.shape[1:]), got.dtype)
+            out[where] = got
+        assert out is not None
+        return out
+
+    def _run_rows(self, block: Block, candidates: Indices, rows: Indices) -> Array:
+        n = len(rows)
+        if n == 1:  # a single row takes another matrix kernel, which rounds differently
+            candidates, rows = np.repeat(candidates, 2), np.repeat(rows, 2)
+        feeds: dict[str, Any] = {PREFIX + "all." + name: value for name, value in block.values.items()}
+        feeds[PREFIX + "rows"] = rows
+        feeds.update(self.masks(candidates))
+        return self.suffix.run(feeds)[0][:n]
+
+    def _run_shared(self, block: Block, group: int, rows: Indices) -> Array:
+        masks = self.masks(np.asarray([group]))
+        step = self._fixed or len(rows)
+        parts = []
+        for start in range(0, len(rows), step):
+            # A fixed batch is filled up with the last sample.
+            where = rows[np.minimum(np.arange(start, start + step), len(rows) - 1)]
+            feeds = {name: value[where] for name, value in block.values.items()}
+            parts.append(self.suffix.run(feeds | masks)[0])
+        return np.concatenate(parts)[: len(rows)]
+
+
+def open_site(
+    space: ChannelSpace,
+    network: Network,
+    reads: tuple[int, ...],
+    removed: Collection[int],
+    *,
+    sample: Mapping[str, Array] | None = None,
+) -> Site:
+    """Graphs and sessions for candidates read at `reads`.
+
+    Args:
+        space: Structure of the model.
+        network: The model, loaded; its node indices are those of the space.
+        reads: Indices into `space.reads`.
+        removed: Groups masked throughout; those at other reads are written into the graphs.
+        sample: Network inputs of a few samples, on which a run by rows is held against the whole network; None: trust.
+
+    Raises:
+        ModelError: ONNX Runtime does not run the graphs.
+    """
+    if network.fixed is None and all(_batch_first(space, space.reads[k]) for k in reads):
+        try:
+            site = _row_site(space, network, reads, removed)
+            if sample is None or _agrees(site, network, sample, removed):
+                return site
+        except (ModelError, DataError):
+            pass  # a graph that mixes its rows, or cannot be cut: the whole network for each candidate
+    return whole_site(space, network, reads, removed)
+
+
+def whole_site(space: ChannelSpace, network: Network, reads: tuple[int, ...], removed: Collection[int]) -> Site:
+    """A site that runs the whole network, one candidate a run: for fixed batches, or reads whose batch is not first."""
+    proto = _masked(space, network.proto, reads, removed)
+    names = [i.name for i in graph_inputs(network.proto)]
+    suffix = _session(
+        space, extract(proto, [*names, *map(_mask_name, reads)], _outputs(proto), _types(space, proto)), network
+    )
+    site = Site(space, reads, None, suffix, names, network.fixed)
+    site.by_row = False
+    site.set_removed(removed)
+    return site
+
+
+def _row_site(space: ChannelSpace, network: Network, reads: tuple[int, ...], removed: Collection[int]) -> Site:
+    proto = _masked(space, network.proto, reads, removed)
+    cut = _cut_values(space, network.proto, reads)
+    types = _types(space, proto)
+    suffix_proto = extract(proto, [*cut, *map(_mask_name, reads)], _outputs(proto), types)
+    _gather_rows(suffix_proto, cut)
+    prefix_proto = extract(proto, [i.name for i in graph_inputs(network.proto)], cut, types)
+    prefix = Network(_session(space, prefix_proto, network), prefix_proto)
+    site = Site(space, reads, prefix, _session(space, suffix_proto, network), cut)
+    site.set_removed(removed)
+    return site
+
+
+def _session(space: ChannelSpace, proto: onnx.ModelProto, network: Network) -> Session:
+    inner = network.session
+    return session(Model(proto, "", space.model.path), provider=inner.provider, threads=inner.threads)
+
+
+def _outputs(proto: onnx.ModelProto) -> list[str]:
+    return [proto.graph.output[0].name]
+
+
+def _types(space: ChannelSpace, proto: onnx.ModelProto) -> dict[str, int]:
+    """Element types of all values of a masked graph."""
+    found = {name: space.facts.dtype(name) for node in proto.graph.node for name in [*node.input, *node.output] if name}
+    if any(not kind for name, kind in found.items() if not name.startswith(PREFIX)):
+        found = value_types(proto) | {name: kind for name, kind in found.items() if kind}
+    for info in proto.graph.input:
+        found[info.name] = info.type.tensor_type.elem_type
+    return found
+
+
+def _mask_name(read: int) -> str:
+    return f"{PREFIX}mask.{read}"
+
+
+def _batch_first(space: ChannelSpace, read: Read) -> bool:
+    fixed = space.facts.dims_fixed(read.value)
+    return read.groups.shape[0] == 1 and len(fixed) > 0 and not fixed[0]
+
+
+def _masked(
+    space: ChannelSpace, proto: onnx.ModelProto, site: Collection[int], removed: Collection[int]
+) -> onnx.ModelProto:
+    """A copy in which the site's reads are multiplied by inputs, all others by constants where groups are removed."""
+    if (space.facts.opset or 0) < 7:
+        raise ModelError("Operator sets below 7 have no broadcasting; masks cannot be inputs.")
+    alive = space.alive(removed)
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    before: dict[int, list[onnx.NodeProto]] = {}
+    for k, read in enumerate(space.reads):
+        keep = alive[read.groups]
+        if k not in site and keep.all():
+            continue
+        kind = space.facts.dtype(read.value) or onnx.TensorProto.FLOAT
+        name = f"{PREFIX}masked.{k}"
+        if k in site:
+            made.graph.input.append(helper.make_tensor_value_info(_mask_name(k), kind, None))
+        else:
+            values = keep.astype(helper.tensor_dtype_to_np_dtype(kind))
+            made.graph.initializer.append(numpy_helper.from_array(values, _mask_name(k)))
+        node = helper.make_node("Mul", [read.value, _mask_name(k)], [name], name=name)
+        before.setdefault(min(i for i, _ in read.consumers), []).append(node)
+        for i, j in read.consumers:
+            made.graph.node[i].input[j] = name
+    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in made.graph.node]
+    del made.graph.node[:]
+    for i, node in enumerate(nodes):
+        made.graph.node.extend(before.get(i, ()))
+        made.graph.node.append(node)
+    return made
+
+
+def _cut_values(space: ChannelSpace, proto: onnx.ModelProto, reads: Sequence[int]) -> list[str]:
+    """Values that enter the suffix, one row for each image.
+
+    The suffix is what lies behind the masked reads, and with it every value it needs that is no row of an image (a
+    shape computed from the batch size, say): such values are computed anew from rows.
+    """
+    nodes = proto.graph.node
+    fixed = constants(proto)
+    needs = [[name for name in uses(node) if name not in fixed] for node in nodes]
+    producer = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    wanted: set[int] = set()
+    stack = [producer[name] for name in _outputs(proto) if name in producer]
+    while stack:
+        i = stack.pop()
+        if i not in wanted:
+            wanted.add(i)
+            stack.extend(producer[name] for name in needs[i] if name in producer)
+    inside = {i for k in reads for i, _ in space.reads[k].consumers} & wanted
+    tainted = {name for i in inside for name in nodes[i].output}
+    for i in sorted(wanted):
+        if i not in inside and any(name in tainted for name in needs[i]):
+            inside.add(i)
+            tainted.update(nodes[i].output)
+    stack = sorted(inside)
+    cut: dict[str, None] = {}
+    while stack:
+        for name in needs[stack.pop()]:
+            if name in tainted:
+                continue
+            if name not in producer or _is_row(space, name):
+                cut[name] = None
+            elif producer[name] not in inside:
+                inside.add(producer[name])
+                tainted.update(nodes[producer[name]].output)
+                stack.append(producer[name])
+    order = {name: i for i, node in enumerate(nodes) for name in node.output}
+    return sorted((name for name in cut if name not in tainted), key=lambda name: order.get(name, -1))
+
+
+def _is_row(space: ChannelSpace, name: str) -> bool:
+    fixed = space.facts.dims_fixed(name)
+    return len(fixed) > 0 and not fixed[0] and all(fixed[1:])
+
+
+def _gather_rows(proto: onnx.ModelProto, cut: Sequence[str]) -> None:
+    """Each cut value becomes an input of all images, and a Gather takes the rows of a run from it."""
+    graph = proto.graph
+    gathers = []
+    for info in graph.input:
+        if info.name in cut:
+            name = info.name
+            info.name = f"{PREFIX}all.{name}"
+            gathers.append(helper.make_node("Gather", [info.name, PREFIX + "rows"], [name], axis=0))
+    graph.input.append(helper.make_tensor_value_info(PREFIX + "rows", onnx.TensorProto.INT64, None))
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*gathers, *nodes])
+
+
+def _agrees(site: Site, network: Network, sample: Mapping[str, Array], removed: Collection[int]) -> bool:
+    """Whether a run by rows gives what the network gives; rows repeat and swap images on purpose."""
+    feeds = {i.name: value for i, value in zip(network.inputs, network.session.bind(sample).values(), strict=True)}
+    n = len(next(iter(feeds.values())))
+    block = site.load(lambda at: {name: value[at] for name, value in feeds.items()}, np.arange(n), n)
+    rows = np.asarray([i % n for i in range(n, -1, -1)] + [0], np.int64)
+    got = site.run(block, np.full(len(rows), BASE), rows)
+    if removed:
+        whole = whole_site(site.space, network, site.reads, removed)
+        want = whole.run(
+            whole.load(lambda at: {k: v[at] for k, v in feeds.items()}, np.arange(n), n), np.full(n, BASE), np.arange(n)
+        )
+    else:
+        want = network.run(feeds)[0]
+    want = want[rows]
+    if got.shape != want.shape:
+        return False
+    if not np.isfinite(want.astype(np.float64)).all():
+        return bool(np.array_equal(got, want, equal_nan=True))
+    scale = max(1e-6, float(np.abs(want.astype(np.float64)).max()))
+    loose = 3e-2 if want.dtype == np.float16 else 1e-3  # rounding; rows that mix are off by far more
+    return float(np.abs(got.astype(np.float64) - want.astype(np.float64)).max()) <= loose * scale
+
+
+def check_reads(space: ChannelSpace, groups: Collection[int], known: Mapping[int, tuple[int, ...]]) -> None:
+    """All groups are in the space.
+
+    Raises:
+        InternalError: One is not.
+    """
+    for group in groups:
+        if not 0 <= group < len(space.groups):
+            raise InternalError(
+                f"Group {group} is not among the {len(space.groups)} of the space ({len(known)} are read)."
+            )
