@@ -1,0 +1,155 @@
+"""``onnxcar inspect``: what a model consists of and what can go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcar.cli.command import Command
+from onnxcar.cli.later import refuse_later_values
+from onnxcar.cli.options import general_options, json_option, model_argument, option
+from onnxcar.cli.work import header, json_target, terminal, write_json
+
+if TYPE_CHECKING:
+    from onnxcar.channels import ChannelSpace
+    from onnxcar.model import Model
+
+
+@click.command("inspect", cls=Command, short_help="Layers, groups, what is protected and why.")
+@model_argument
+@option("--groups", section="Output", is_flag=True, help="List every group with its members.")
+@option(
+    "--norms",
+    section="Structure",
+    type=click.Choice(("protect", "rewrite")),
+    default="protect",
+    callback=refuse_later_values,
+    help="Channels under LayerNorm, one-group GroupNorm and channel means.  [default: protect]",
+)
+@json_option
+@general_options
+def command(model: Path, groups: bool, norms: str, **params: Any) -> None:
+    """Layers, filters, groups, params, MACs of MODEL, and what is protected and why. Needs no data."""
+    from onnxcar import report
+    from onnxcar.model import load
+    from onnxcar.rules import analyze
+
+    json_to = params["json"]
+    json_target(json_to, [model])
+    result = describe(analyze(load(model), norms=norms))
+    write_json(result, json_to)
+    if json_to == "-":
+        return
+    out = terminal()
+    out.data(f"{model}  {_sizes(result)}", report.layer_table(result))
+    if result["protected"]:
+        out.data(report.protected_table(result))
+    if result["unsupported"]:
+        names = ", ".join(f"{op} ({n})" for op, n in result["unsupported"].items())
+        out.data(f"Ops without a rule; what enters them is protected: {names}")
+    if groups:
+        out.data(report.group_table(result))
+    total = result["filters"]
+    share = total["prunable"] / total["all"] if total["all"] else 0.0
+    out.data(f"{total['prunable']} of {total['all']} filters can go ({share:.1%}), in {total['groups']} groups.")
+    out.note(_next(model, total))
+
+
+def _sizes(result: dict[str, Any]) -> str:
+    inputs = ", ".join(f"{i['name']} {tuple(i['shape'])}" for i in result["inputs"])
+    outputs = ", ".join(f"{o['name']} {tuple(o['shape'])}" for o in result["outputs"])
+    return f"{inputs} -> {outputs}".replace("'", "")
+
+
+def _next(model: Path, total: dict[str, int]) -> str:
+    if not total["prunable"]:
+        return "Nothing can be pruned here; the table above says why."
+    return f"Next: onnxcar prune {model} --data PATH --preprocess NAME"
+
+
+def describe(space: ChannelSpace) -> dict[str, Any]:
+    """Everything ``inspect`` knows, as JSON types."""
+    from onnxcar import record
+
+    model, cost = space.model, space.cost()
+    layer_macs = {term.node: 0 for term in space.terms}
+    for term in space.terms:
+        layer_macs[term.node] += round(term.scale * len(term.reads.ravel()) * len(term.writes.ravel()) / term.blocks)
+    nodes = {n.name or f"{n.op_type}_{i}": i for i, n in enumerate(model.proto.graph.node)}
+    layers = [
+        {
+            "node": x.node,
+            "op": x.op_type,
+            "kind": x.kind,
+            "weight": x.weight,
+            "filters": x.filters,
+            "prunable": int((x.groups >= 0).sum()),
+            "groups": len({int(g) for g in x.groups if g >= 0}),
+            "params": _node_params(space, nodes[x.node]),
+            "macs": layer_macs.get(nodes[x.node]),
+        }
+        for x in space.layers
+    ]
+    none: frozenset[int] = frozenset()
+    return {
+        **header("inspect"),
+        "model": record.model_entry(model.path, model.sha256, cost, model.n_bytes),
+        "inputs": _values(model, model.proto.graph.input),
+        "outputs": _values(model, model.proto.graph.output),
+        "norms": space.norms,
+        "filters": {
+            "all": sum(x["filters"] for x in layers),
+            "prunable": sum(x["prunable"] for x in layers),
+            "groups": len(space.groups),
+        },
+        "layers": layers,
+        "protected": [
+            {
+                "layer": p.layer,
+                "weight": p.weight,
+                "filters": list(p.filters),
+                "of": space.by_weight[p.weight].filters,
+                "node": p.node,
+                "op": p.op_type,
+                "reason": p.reason,
+            }
+            for p in space.protected
+        ],
+        "unsupported": dict(space.unsupported),
+        "groups": [
+            {
+                "group": g.name,
+                "filters": [list(f) for f in g.filters],
+                "params": cost.params - space.cost({g.id}).params,
+                "macs": space.saved_macs(g.id, none),
+            }
+            for g in space.groups
+        ],
+    }
+
+
+def _node_params(space: ChannelSpace, node: int) -> int:
+    total = 0
+    for name in space.model.proto.graph.node[node].input[1:]:
+        shape = space.facts.shape(name) if space.facts.constant(name) else None
+        size = 1
+        for n in shape or (0,):
+            size *= n
+        total += size
+    return total
+
+
+def _values(model: Model, values: Any) -> list[dict[str, Any]]:
+    weights = {tensor.name for tensor in model.proto.graph.initializer}
+    return [
+        {
+            "name": v.name,
+            "shape": [
+                d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in v.type.tensor_type.shape.dim
+            ],
+        }
+        for v in values
+        if v.name not in weights
+    ]

@@ -1,0 +1,150 @@
+"""``onnxcar score``: importance of every group, and how far to trust the ranking."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from onnxcar.cli.border import InterruptedRunError
+from onnxcar.cli.command import Command
+from onnxcar.cli.later import refuse_later_values
+from onnxcar.cli.options import (
+    CRITERIA,
+    LATER_CRITERIA,
+    data_options,
+    general_options,
+    json_option,
+    metric_option,
+    model_argument,
+    option,
+    runtime_options,
+)
+from onnxcar.cli.prune import DATA_FREE
+from onnxcar.cli.work import (
+    check_model,
+    header,
+    json_target,
+    need_data,
+    open_data,
+    open_provider,
+    terminal,
+    write_json,
+    write_text,
+)
+from onnxcar.progress import duration
+
+_WHAT = "What to score"
+_SHOWN = 40
+
+
+@click.command("score", cls=Command, short_help="Importance of every group; removes nothing.")
+@model_argument
+@option(
+    "--criterion",
+    section=_WHAT,
+    type=click.Choice((*CRITERIA, *LATER_CRITERIA)),
+    callback=refuse_later_values,
+    default="car",
+    metavar="NAME",
+    help=f"{', '.join(CRITERIA)}; {', '.join(DATA_FREE)} need no data.  [default: car]",
+)
+@option(
+    "--layers", section=_WHAT, multiple=True, metavar="GLOB", help="Only these, by node or weight name; repeatable."
+)
+@option("--exclude", section=_WHAT, multiple=True, metavar="GLOB", help="Not these; repeatable.")
+@option(
+    "--norms",
+    section=_WHAT,
+    type=click.Choice(("protect", "rewrite")),
+    default="protect",
+    callback=refuse_later_values,
+    help="Channels under LayerNorm, one-group GroupNorm, channel means.  [default: protect]",
+)
+@option("--by-class", section=_WHAT, is_flag=True, help="The fall of each class's own accuracy, too (class-CAR).")
+@data_options
+@metric_option
+@json_option
+@runtime_options
+@general_options
+def command(by_class: bool, **params: Any) -> None:
+    """Importance of every group of MODEL by a criterion, least important first; removes nothing.
+
+    --json FILE.csv writes one line a group.
+
+    \b
+    onnxcar score model.onnx --data images --preprocess imagenet --by-class --json scores.json
+    """  # noqa: D301 - click reads \b
+    from onnxcar import record, report
+    from onnxcar.importance import importance
+    from onnxcar.model import load
+    from onnxcar.progress import open_meter
+
+    check_model(params["model"])
+    if params["criterion"] not in DATA_FREE:
+        need_data(params, f"The criterion {params['criterion']}")
+    json_to = params["json"]
+    target = json_target(json_to, [params["model"]])
+    model = load(params["model"])
+    needed = params["criterion"] not in DATA_FREE
+    provider = open_provider(params) if needed else None
+    data = open_data(params, model) if needed else None
+    here = terminal()
+    started = time.monotonic()
+    same = ("criterion", "metric", "layers", "exclude", "norms", "seed", "threads", "batch_size")
+    try:
+        with open_meter(here.err, "scoring", "groups", quiet=here.quiet) as meter:
+            found = importance(
+                model,
+                data,
+                provider="cpu" if provider is None else provider.name,
+                memory_bytes=params["memory"],
+                progress=meter,
+                **{name: params[name] for name in same},
+            )
+    except KeyboardInterrupt as exc:
+        raise InterruptedRunError("Interrupted; nothing was written. Start the same command again.") from exc
+    seconds = time.monotonic() - started
+    cost = found.space.cost()
+    result = {
+        **header("score"),
+        "model": record.model_entry(model.path, model.sha256, cost, model.n_bytes),
+        "data": record.data_entry(data),
+        "metric": params["metric"],
+        "provider": None if provider is None else provider.name,
+        "seconds": round(seconds, 3),
+        **found.to_dict(by_class=by_class),
+    }
+    if target is not None and target.suffix.lower() == ".csv":
+        write_text(found.to_csv(by_class=by_class), target)
+    else:
+        write_json(result, json_to)
+    if json_to != "-":
+        # A pipe gets every line, a person the ends of a long table.
+        here.data(report.score_table(result, limit=_SHOWN if here.out.is_terminal else None))
+    here.note(f"{len(found.groups)} groups in {duration(seconds)}.")
+    _trust(result, found.near_noise)
+
+
+def _trust(result: dict[str, Any], near_noise: bool) -> None:
+    """What chance alone does to these numbers, in words."""
+    here, known = terminal(), result["reliability"]
+    if known is None:
+        if result["base"] is not None:
+            here.note(f"No reliability is known for the metric {result['metric']}; --metric top1 has one.")
+        return
+    n = result["base"]["samples"]
+    stderr, split = known["stderr"], known["split_half"]
+    half = "undefined (a half ranks all alike)" if split != split else f"{split:.2f}"
+    text = (
+        f"Reliability: an importance has a standard error of {stderr:.4f} (median; {stderr * n:.1f} of {n} samples); "
+        f"rank correlation between two halves of the data is {half}."
+    )
+    if not near_noise:
+        here.note(text)
+        return
+    here.warn(
+        f"{text} This ranking is near noise: another sample of that size would give quite another one. Score on more "
+        "samples, or let `onnxcar prune` choose step by step; --metric loss has no ties."
+    )

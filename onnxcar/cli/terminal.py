@@ -1,0 +1,84 @@
+"""Where words go: data on stdout, progress and advice on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import IO, TYPE_CHECKING, Any
+
+from onnxcar.errors import OnnxcarWarning
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+__all__ = ["Terminal"]
+
+# A log or a pipe has no width of its own; tables must not be squeezed into 80 columns there.
+_PIPE_WIDTH = 110
+
+
+class Terminal:
+    """Standard output and error of one command, and how talkative it is."""
+
+    def __init__(self) -> None:
+        self.quiet = False
+        self.traceback = False
+
+    @property
+    def out(self) -> Console:
+        """Standard output, for data."""
+        return _console(sys.stdout)
+
+    @property
+    def err(self) -> Console:
+        """Standard error, for progress, advice and errors."""
+        return _console(sys.stderr)
+
+    def data(self, *parts: RenderableType) -> None:
+        """Tables and lines that are the command's result."""
+        console = self.out
+        for part in parts:
+            console.print(part, markup=False, highlight=False)
+
+    def note(self, text: str) -> None:
+        """Something worth knowing; silent with ``--quiet``."""
+        if not self.quiet:
+            self._say(text, "")
+
+    def warn(self, text: str) -> None:
+        """A doubtful result; said even with ``--quiet``."""
+        self._say(f"Warning: {text}", "yellow")
+
+    def error(self, text: str) -> None:
+        """Why the command ends here."""
+        self._say(f"Error: {text}", "red")
+
+    def _say(self, text: str, style: str) -> None:
+        self.err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def show_warnings(self) -> None:
+        """Say our own warnings in our own form; those of libraries only with ``--traceback``."""
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: IO[str] | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, OnnxcarWarning):
+                self.warn(str(message))
+            elif self.traceback:
+                self._say(warnings.formatwarning(message, category, filename, lineno, line).rstrip(), "")
+
+        warnings.showwarning = show
+        warnings.filterwarnings("always", category=OnnxcarWarning)
+
+
+def _console(stream: Any) -> Console:
+    from rich.console import Console
+
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(file=stream, width=width, emoji=False, highlight=False)

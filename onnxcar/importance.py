@@ -1,0 +1,239 @@
+"""Importance of every group at once, and how far to trust the ranking; removes nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxcar import record as records
+from onnxcar.channels import ChannelSpace
+from onnxcar.criteria import Context, Criterion, CriterionFunction, find
+from onnxcar.errors import DataError
+from onnxcar.model import Model
+from onnxcar.rules import analyze
+from onnxcar.runtime import resolve_provider
+from onnxcar.scope import select_layers
+from onnxcar.scoring import Reliability, Score, Scorer, reliability
+
+if TYPE_CHECKING:
+    from onnxcar.data import Dataset
+    from onnxcar.progress import Report
+
+__all__ = ["Importances", "importance"]
+
+# Split-half rank correlation below which two halves of the data would rank the groups quite differently.
+NOISE = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Importances:
+    """Importance of groups on the unpruned network.
+
+    Attributes:
+        space: Structure the ids belong to.
+        criterion: Its name.
+        groups: Ids, ascending.
+        values: Importance of each, (n,); larger = keep.
+        base: Score of the network; None where the criterion scores nothing.
+        scores: Score without each group, in the order of `groups`; None likewise.
+        reliability: What chance does to the values; None where the criterion counts no correct answers.
+        classes: Names of the classes, None if unknown.
+    """
+
+    space: ChannelSpace
+    criterion: str
+    groups: tuple[int, ...]
+    values: npt.NDArray[np.float64]
+    base: Score | None
+    scores: tuple[Score, ...] | None
+    reliability: Reliability | None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of an importance, the median over the groups; None where nothing is known of it."""
+        if self.reliability is None or not len(self.reliability.stderr):
+            return None
+        return float(np.median(self.reliability.stderr))
+
+    @property
+    def near_noise(self) -> bool:
+        """Whether another sample of that size would rank the groups quite differently."""
+        return self.reliability is not None and not self.reliability.split_half >= NOISE
+
+    def to_dict(self, *, by_class: bool = False) -> dict[str, Any]:
+        """As JSON types; ``per_class`` is each class's own reduction, null unless ``by_class``."""
+        known = None
+        if self.reliability is not None:
+            known = {"stderr": self.stderr, "split_half": float(self.reliability.split_half)}
+        return {
+            "criterion": self.criterion,
+            "base": records.score_entry(self.base),
+            "reliability": known,
+            "groups": [self._group(i, by_class) for i in range(len(self.groups))],
+        }
+
+    def _group(self, i: int, by_class: bool) -> dict[str, Any]:
+        group = self.space.groups[self.groups[i]]
+        score = None if self.scores is None else self.scores[i]
+        return {
+            "group": group.name,
+            "filters": [list(f) for f in group.filters],
+            "importance": float(self.values[i]),
+            "stderr": None if self.reliability is None else float(self.reliability.stderr[i]),
+            "correct": None if score is None else score.correct,
+            "per_class": self._classes(score) if by_class and score is not None else None,
+            "macs": self.space.saved_macs(group.id),
+            "params": self.space.cost().params - self.space.cost({group.id}).params,
+        }
+
+    def _classes(self, score: Score) -> dict[str, float] | None:
+        fall = None if self.base is None else self.base.class_reductions(score)
+        if fall is None:
+            return None
+        names = self.classes
+        return {
+            names[i] if names is not None and i < len(names) else str(i): float(x)
+            for i, x in enumerate(fall.tolist())
+            if not np.isnan(x)
+        }
+
+    def to_csv(self, *, by_class: bool = False) -> str:
+        """One line a group, a column for each class with ``by_class``."""
+        rows = self.to_dict(by_class=by_class)["groups"]
+        names = list(rows[0]["per_class"] or ()) if rows else []
+        stream = io.StringIO()
+        out = csv.writer(stream, lineterminator="\n")
+        out.writerow(["group", "importance", "stderr", "correct", "macs", "params", "filters", *names])
+        for row in rows:
+            filters = " ".join(f"{weight}:{index}" for weight, index in row["filters"])
+            plain = [row[key] for key in ("group", "importance", "stderr", "correct", "macs", "params")]
+            out.writerow([*plain, filters, *((row["per_class"] or {}).get(name) for name in names)])
+        return stream.getvalue()
+
+
+def importance(
+    model: Model | ChannelSpace,
+    data: Dataset | None = None,
+    *,
+    criterion: str | Criterion | CriterionFunction = "car",
+    metric: str = "top1",
+    layers: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    norms: str = "protect",
+    seed: int = 0,
+    provider: str = "auto",
+    threads: int | None = None,
+    batch_size: int | None = None,
+    memory_bytes: int | None = None,
+    progress: Report | None = None,
+) -> Importances:
+    """Importance of every group on the unpruned network, all scored on the same samples.
+
+    A ranking made at once is not the order in which groups should go: two that stand in for each other both look free.
+    `prune` scores again after every step.
+
+    Args:
+        model: The network, or its structure.
+        data: Validation samples; criteria that look at weights alone need none.
+        criterion: A name of `criteria.CRITERIA`, or a function.
+        metric: What CAR is measured in.
+        layers: Patterns of node or weight names; default all groups, those of dense layers too.
+        exclude: Patterns of layers to leave out.
+        norms: As `analyze`.
+        seed: Of everything random.
+        provider: Execution provider.
+        threads: Threads of a session, default all cores.
+        batch_size: Samples of an inference call, default from ``memory_bytes``.
+        memory_bytes: Bound on the activations held at once, default a quarter of what is free.
+        progress: Told how far the work is, in groups.
+
+    Raises:
+        DataError: The criterion needs data and there is none.
+        PlanError: No such criterion, or a pattern matches nothing.
+    """
+    row = find(criterion)
+    if row.needs_data and data is None:
+        raise DataError(f"Criterion {row.name!r} looks at samples, and there is no data. Give --data.")
+    space = model if isinstance(model, ChannelSpace) else analyze(model, norms=norms)
+    by_layer = _asked(space, layers, exclude)
+    asked = tuple(sorted(group for groups in by_layer.values() for group in groups))
+    scorer = None
+    if row.greedy and data is not None:
+        scorer = _Recorder(
+            space,
+            data,
+            metric=metric,
+            provider=provider,
+            threads=threads,
+            batch_size=batch_size,
+            memory_bytes=memory_bytes,
+        )
+    where = "cpu" if data is None else resolve_provider(provider).name
+    context = Context(data, scorer, candidates=asked, seed=seed, provider=where, threads=threads)
+    if scorer is None:
+        values = row(space, context)
+    else:
+        values = np.full(len(space.groups), np.nan)
+        done = 0
+        for name, groups in by_layer.items():
+            if progress is not None:
+                progress.update(done, len(asked), name)
+            found = row(space, replace(context, candidates=groups))
+            values[groups] = found[groups]
+            done += len(groups)
+    return Importances(
+        space,
+        row.name,
+        asked,
+        np.asarray(values, np.float64)[list(asked)],
+        None if scorer is None else scorer.base(),
+        None if scorer is None else tuple(scorer.kept[group] for group in asked),
+        None if scorer is None else scorer.reliability(asked, seed),
+        None if data is None else data.classes,
+    )
+
+
+def _asked(space: ChannelSpace, layers: Sequence[str], exclude: Sequence[str]) -> dict[str, list[int]]:
+    """First layer's name -> ids of the groups that are asked for."""
+    wanted: Collection[int] = range(len(space.groups))
+    if layers or exclude:
+        chosen = select_layers(space, layers, exclude, dense=True)
+        wanted = {int(g) for layer in chosen for g in layer.groups if g >= 0}
+    found: dict[str, list[int]] = {}
+    for group in space.groups:
+        if group.id in wanted:
+            found.setdefault(space.layers[group.layer].node, []).append(group.id)
+    return found
+
+
+class _Recorder(Scorer):
+    """A scorer that keeps the scores and flips a criterion asked for, over several calls."""
+
+    kept: dict[int, Score]
+    changed: dict[int, npt.NDArray[np.bool_]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept, self.changed = {}, {}
+
+    def score(self, removed: Collection[int], candidates: Sequence[int]) -> list[Score]:
+        """As `Scorer.score`."""
+        found = super().score(removed, candidates)
+        self.kept.update(zip(candidates, found, strict=True))
+        self.changed.update(self.flips)
+        return found
+
+    def reliability(self, groups: Sequence[int], seed: int) -> Reliability | None:
+        """Of top-1 importances only: flips count correct answers."""
+        if self.metric.name != "top1" or not len(self.base_correct):
+            return None
+        same = np.zeros(len(self.base_correct), bool)  # a group that nothing reads changes nothing
+        flips: Mapping[int, npt.NDArray[np.bool_]] = {group: self.changed.get(group, same) for group in groups}
+        return reliability(self.base_correct, flips, seed=seed)
