@@ -116,9 +116,11 @@ def collect(
                 joined.setdefault(key, _Joined(f"'{path}'", bounds)).add(value, number)
             if values is not None:
                 labels.append(values)
-    except DataError:
-        raise
-    except Exception as e:  # the user's code may raise anything
+    except BaseException as e:  # the user's code may raise anything, and may be interrupted
+        for store in joined.values():
+            store.close()
+        if isinstance(e, DataError) or not isinstance(e, Exception):
+            raise
         raise DataError(
             f"'{path}' failed: {type(e).__name__}: {e}. It must yield (inputs, labels) batches.", path=path
         ) from e
@@ -212,6 +214,11 @@ class _Joined:
             self._parts.append(np.array(batch))
         else:
             self._file.write(np.ascontiguousarray(batch).tobytes())
+
+    def close(self) -> None:
+        """Give the temporary file up."""
+        if self._file is not None:
+            self._file.close()
 
     def array(self) -> NDArray[Any]:
         """All batches as one array (n, ...); mapped if they went to disk."""
