@@ -13,6 +13,7 @@ only a missing channel axis or channels on the other side are put right.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,9 +194,9 @@ def open_dataset(
     if callable(source):
         return FromCallable(source, preprocess, input_names=input_names, **shared).limit(limit, seed)
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 -- pathlib raises for names that are too long, or folders that are closed
         data: Dataset = ImageFolder(path, preprocess, **shared)
-    elif path.exists():
+    elif os.path.exists(path):  # noqa: PTH110
         kind = _KINDS.get(path.suffix.lower())
         if kind is None:
             raise DataError(

@@ -259,16 +259,7 @@ def read_npz(file: Path, *, labelled: bool = True) -> tuple[NDArray[Any], NDArra
                 classes = tuple(str(v) for v in _read_member(file, archive, names["classes"]).reshape(-1).tolist())
     except DataError:
         raise
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        ValueError,
-        EOFError,
-        struct.error,
-        NotImplementedError,
-        RuntimeError,
-        MemoryError,
-    ) as e:
+    except Exception as e:  # zip, deflate and header parsers raise whatever a damaged file leads them to
         raise DataError(
             f"'{file}' cannot be read as an .npz ({type(e).__name__}: {e}). "
             "Write it with numpy.savez(file, images=..., labels=...).",

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class PixelCache:
 
 
 class _File:
-    """Rows in a sparse file, a flag for each that is there; processes may share it, they write the same bytes.
+    """Rows in a sparse file and a checksum of each that is there; processes may share it, they write the same bytes.
 
     Written through the file and read through a map: a write to a map on a full disk kills the process.
     """
@@ -110,31 +111,41 @@ class _File:
         os.utime(folder)  # the age that eviction goes by
         _evict(folder.parent, keep=folder, limit_bytes=limit_bytes)
         self._shape, self._row_bytes = shape, int(np.prod(shape))
-        self._paths = (folder / "pixels", folder / "there")
-        self._rows, self._there = _mapped(self._paths[0], (n, *shape)), _mapped(self._paths[1], (n,))
+        self._paths = (folder / "pixels", folder / "sums")
+        self._rows = _mapped(self._paths[0], (n, *shape), np.uint8)
+        self._sums = _mapped(self._paths[1], (n,), np.uint32)
         room = min(limit_bytes, shutil.disk_usage(folder).free // 2)
-        self._left = room // self._row_bytes - int(np.count_nonzero(self._there))
+        self._left = room // self._row_bytes - int(np.count_nonzero(self._sums))
 
     def get(self, index: int) -> Pixels | None:
-        return np.asarray(self._rows[index]) if self._there[index] else None
+        wanted = int(self._sums[index])
+        if wanted == 0:
+            return None
+        row = np.array(self._rows[index])
+        return row if _checksum(row) == wanted else None  # after a power cut the sum may be there and the row not
 
     def put(self, index: int, row: Pixels) -> None:
-        if self._left <= 0 or row.shape != self._shape or self._there[index]:
+        if self._left <= 0 or row.shape != self._shape or self._sums[index]:
             return
         self._left -= 1
-        writes = ((index * self._row_bytes, row.tobytes()), (index, b"\x01"))
-        for path, (place, content) in zip(self._paths, writes, strict=True):  # the flag last: no reader sees half a row
+        total = np.uint32(_checksum(row))
+        writes = ((index * self._row_bytes, row.tobytes()), (index * total.nbytes, total.tobytes()))
+        for path, (place, content) in zip(self._paths, writes, strict=True):
             with path.open("r+b") as file:
                 file.seek(place)
                 file.write(content)
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    n_bytes = int(np.prod(shape))
+def _checksum(row: Pixels) -> int:
+    return zlib.crc32(np.ascontiguousarray(row).data) or 1  # 0 stands for a row that is not there
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: type[Any]) -> NDArray[Any]:
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     with path.open("ab") as file:
         if file.tell() < n_bytes:
             file.truncate(n_bytes)  # extends with zeros that take no disk
-    return np.memmap(path, np.uint8, "r", shape=shape)
+    return np.memmap(path, dtype, "r", shape=shape)
 
 
 def _evict(folder: Path, keep: Path, limit_bytes: int) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,11 +124,6 @@ class Preprocess:
         """`scale` as a number."""
         return cast(float, self.scale)
 
-    @property
-    def neutral(self) -> bool:
-        """Whether pixels reach the network as 0..255, unchanged in value."""
-        return self.divisor == 1.0 and set(self.means) == {0.0} and set(self.stds) == {1.0}
-
     @classmethod
     def preset(cls, name: str) -> Preprocess:
         """The preset of that name: `imagenet`, `cifar10`, `mnist`, `tf`, `unit` or `raw`.
@@ -165,7 +161,7 @@ class Preprocess:
             base = PRESETS["unit"]
         elif str(source) in PRESETS:
             base = PRESETS[str(source)]
-        elif Path(source).suffix == ".json" or Path(source).exists():
+        elif Path(source).suffix == ".json" or os.path.exists(source):  # noqa: PTH110 -- never raises
             base = cls.from_file(source)
         else:
             raise ConfigError(

@@ -467,7 +467,13 @@ def test_user_buffers_may_be_reused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "words"), [("nowhere", "does not exist"), ("README.md", "is no data set"), ("d.npy", "is no data set")]
+    ("source", "words"),
+    [
+        ("nowhere", "does not exist"),
+        ("README.md", "is no data set"),
+        ("d.npy", "is no data set"),
+        ("x" * 5000, "does not exist"),
+    ],
 )
 def test_what_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, words: str) -> None:
     monkeypatch.chdir(tmp_path)
