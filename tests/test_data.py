@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import subprocess
 import sys
@@ -311,6 +312,19 @@ def test_damaged_npz_is_one_message(tmp_path: Path, damage: str) -> None:
         open_dataset(path)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_any_damage_to_a_compressed_npz_is_a_data_error(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "d.npz"
+    np.savez_compressed(path, images=PIXELS // 64, labels=LABELS)
+    raw = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    for at in rng.integers(0, len(raw), 3):
+        raw[at] = rng.integers(0, 256)
+    path.write_bytes(raw)
+    with contextlib.suppress(DataError):  # bits that matter to no one may flip
+        assert len(open_dataset(path)) == 6
+
+
 def test_large_npz_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = npz(tmp_path, images=PIXELS, labels=LABELS)
     whole = open_dataset(path)
@@ -537,6 +551,17 @@ def test_what_exceeds_memory_goes_to_disk_and_is_found_again(tmp_path: Path, cac
     other, changed = counted(tmp_path, 9, 0)
     assert not np.array_equal(changed.inputs([0])[""], want[9:])
     assert other.decoded == 1
+
+
+def test_damaged_cache_is_decoded_again(tmp_path: Path, cache: Path) -> None:
+    source, data = counted(tmp_path, 4, 0)
+    want = data.inputs(np.arange(4))[""]
+    (pixels,) = cache.rglob("pixels")
+    raw = bytearray(pixels.read_bytes())
+    raw[8 * 8 * 3 * 2] ^= 1
+    pixels.write_bytes(raw)
+    np.testing.assert_array_equal(data.inputs(np.arange(4))[""], want)
+    assert source.decoded == 4 + 1
 
 
 def test_beyond_the_disk_bound_images_are_decoded_again(

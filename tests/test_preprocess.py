@@ -91,7 +91,7 @@ def test_layout_and_gray() -> None:
 
 
 def test_three_means_do_not_fit_gray_images() -> None:
-    with pytest.raises(DataError, match="1 channels but mean has 3 values"):
+    with pytest.raises(DataError, match="1 channel but mean has 3 values"):
         run(Preprocess.resolve("imagenet", channels="gray"))
 
 
