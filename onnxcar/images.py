@@ -151,8 +151,8 @@ def normalize(pixels: Pixels, pre: Preprocess) -> NDArray[np.float32]:
         if len(values) not in (1, n_channels):
             channels = "1 channel" if n_channels == 1 else f"{n_channels} channels"
             raise DataError(
-                f"Images have {channels} but {name} has {len(values)} values. Give one value or {n_channels} (--{name}), "
-                "or other --channels."
+                f"Images have {channels} but {name} has {len(values)} values. Give one value or {n_channels} "
+                f"(--{name}), or other --channels."
             )
         return np.array(values, np.float32).reshape(axis_shape if len(values) > 1 else ())
 
