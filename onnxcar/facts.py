@@ -25,6 +25,8 @@ Shape = tuple[int, ...]
 SMALL = 65_536  # elements: shape vectors, indices and masks are folded; weights are not
 BATCHES = (2, 3)  # two sizes of the batch axis; both above 1 so that no axis broadcasts by accident
 SIZES = (224, 256, 128, 64, 32, 28, 299, 512)  # tried in turn where height and width are dynamic
+# defined by function bodies that onnx does not look into for shapes: first output like the first input
+_LIKE_INPUT = {"GroupNormalization", "MeanVarianceNormalization", "RMSNormalization", "LpNormalization"}
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
@@ -314,6 +316,8 @@ def _infer(
         ir = model.proto.ir_version if model is not None else 8
         found = onnx.shape_inference.infer_node_outputs(schema, node, types, data, opset_imports=imports, ir_version=ir)
         out.types.update(found)
+        if node.op_type in _LIKE_INPUT and node.domain in ("", "ai.onnx"):
+            out.types[node.output[0]] = types[node.input[0]]
         if any(o and out.shape(o) is None for o in node.output[:1]):
             raise KeyError(node.output[0])
     except Exception:  # no schema, data-dependent, or inconsistent sizes: unknown, and the channels there are protected

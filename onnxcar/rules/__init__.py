@@ -71,6 +71,7 @@ RULES: dict[str, Rule] = {
     "MeanVarianceNormalization": m.mean_variance,
     "PRelu": e.prelu,
     "Pad": x.pad,
+    "RMSNormalization": m.rms_norm,
     "Slice": x.slice_,
     "SpaceToDepth": x.space_to_depth,
     "Split": x.split,

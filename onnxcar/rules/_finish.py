@@ -123,16 +123,21 @@ def _boxes(walk: Walk, inside: set[str]) -> None:
     while changed:
         changed = False
         for name in joint:
-            labels = walk.labels[name]
-            free = max(axes_of(labels), key=lambda a: labels.shape[a])
-            roots = walk.classes.roots(labels)
-            for axis in axes_of(labels):
-                first = np.take(roots, [0], axis=axis)
-                if axis != free and not (roots == first).all():
-                    text = "joint channels are cut as a box"
-                    walk.classes.tie(np.broadcast_to(first, roots.shape), roots, Reason(name, "", text))
-                    roots = walk.classes.roots(labels)
-                    changed = True
+            roots = walk.classes.roots(walk.labels[name])
+            varying = _varying(roots)
+            if len(varying) < 2:
+                continue
+            free = max(varying, key=lambda a: roots.shape[a])
+            for axis in varying:
+                if axis != free:
+                    first = np.broadcast_to(np.take(roots, [0], axis=axis), roots.shape)
+                    walk.classes.tie(first, roots, Reason(name, "", "joint channels are cut as a box"))
+            changed = True
+
+
+def _varying(roots: Labels) -> list[int]:
+    """Axes along which the classes differ."""
+    return [a for a in axes_of(roots) if not (roots == np.take(roots, [0], axis=a)).all()]
 
 
 def _balance(walk: Walk) -> None:
@@ -157,8 +162,8 @@ def _balance(walk: Walk) -> None:
 def _lone(walk: Walk, inside: set[str]) -> None:
     """A class that is a whole axis of some value cannot go: the value would be empty."""
     for name, labels in walk.labels.items():
-        for ids in _axis_sets(labels, name in inside):
-            roots = np.unique(walk.classes.roots(ids))
+        for ids in _axis_sets(walk.classes.roots(labels), name in inside):
+            roots = np.unique(ids)
             if len(roots) == 1 and roots[0] and walk.classes.reason(int(roots[0])) is None:
                 text = "all channels of this value leave together, and it would be empty"
                 maker = walk.facts.producers.get(name)
@@ -167,13 +172,18 @@ def _lone(walk: Walk, inside: set[str]) -> None:
                 walk.classes.protect(roots, Reason(node, op, text))
 
 
-def _axis_sets(labels: Labels, joint: bool) -> Iterable[Labels]:
-    """For each labelled axis the labels along it (elsewhere at position 0, as joint channels are a box)."""
-    if joint:
+def _axis_sets(classes: Labels, joint: bool) -> Iterable[Labels]:
+    """The classes along the axis that tells channels apart; of joint channels inside a shuffle nothing."""
+    if joint or classes.size == 1:
         return
-    for axis in axes_of(labels):
-        moved = np.moveaxis(labels, axis, 0)
-        yield moved.reshape(moved.shape[0], -1)[:, 0]
+    axes = _varying(classes) or [max(axes_of(classes), key=lambda a: classes.shape[a])]
+    for axis in axes:
+        yield _line(classes, axis)
+
+
+def _line(classes: Labels, axis: int) -> Labels:
+    moved = np.moveaxis(classes, axis, 0)
+    return moved.reshape(moved.shape[0], -1)[:, 0]
 
 
 def _space(walk: Walk, inside: set[str]) -> ChannelSpace:
@@ -188,8 +198,11 @@ def _space(walk: Walk, inside: set[str]) -> ChannelSpace:
         return np.asarray(table[roots(np.asarray(labels))])
 
     def along(labels: Labels, axis: int) -> Labels:
-        moved = np.moveaxis(to_ids(labels), axis, 0)
-        return moved.reshape(moved.shape[0], -1)[:, 0]
+        classes = to_ids(labels)
+        varying = _varying(classes)
+        if varying and axis not in varying:
+            return np.full(classes.shape[axis], -1, np.int64)  # cut along another axis: here all positions stay
+        return _line(classes, axis)
 
     groups = _groups(layers, members)
     sites = []
@@ -229,7 +242,7 @@ def _space(walk: Walk, inside: set[str]) -> ChannelSpace:
     )
 
 
-_PLAIN = ("index", "axes", "pads", "axis", "blocks", "input", "start", "channels")  # arguments that hold no labels
+_PLAIN = ("index", "axes", "pads", "axis", "blocks", "input", "start", "channels", "total", "param_axis")  # arguments that hold no labels
 
 
 def _converted(value: Any, to_ids: Callable[[Labels], Labels], key: str) -> Any:

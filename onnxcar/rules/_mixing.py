@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from onnxcar.channels import Labels
@@ -11,6 +13,9 @@ from onnxcar.rules._walk import Refused, Walk, axes_of
 def instance_norm(w: Walk) -> None:
     """InstanceNormalization: statistics of each channel over its positions."""
     labels = w.lab(0)
+    if w.norms == "rewrite" and labels.shape[1] == 1 and w.shape(0)[1] == 1 and len(axes_of(labels)) == 1:
+        _rewritten(w, labels, list(range(2, labels.ndim)), param_axis=None)  # how exporters write GroupNorm(1, C)
+        return
     for axis in range(2, labels.ndim):
         labels = w.same_along(labels, axis, "the norm's statistics run over these channels")
     if labels.shape[1] > 1:
@@ -24,6 +29,10 @@ def instance_norm(w: Walk) -> None:
 def group_norm(w: Walk) -> None:
     """GroupNormalization: the channels of a norm group leave together; `num_groups` follows."""
     labels, n = w.lab(0), int(w.attr("num_groups"))
+    if w.norms == "rewrite" and n == 1 and axes_of(labels) == [1]:
+        per_channel = w.shape(1)[0] == labels.shape[1]
+        _rewritten(w, labels, list(range(1, labels.ndim)), param_axis=1 if per_channel else None)
+        return
     for axis in range(2, labels.ndim):
         labels = w.same_along(labels, axis, "the norm's statistics run over these channels")
     if labels.shape[1] > 1:
@@ -46,8 +55,42 @@ def layer_norm(w: Walk) -> None:
     axis = int(w.attr("axis", -1))
     axis += labels.ndim if axis < 0 else 0
     hit = [a for a in axes_of(labels) if a >= axis]
+    if w.norms == "rewrite" and len(hit) == 1 == len(axes_of(labels)) and not any(list(w.node.output)[1:]):
+        _rewritten(w, labels, list(range(axis, labels.ndim)), param_axis=hit[0], params_from=axis)
+        return
     labels = w.protect_axis(labels, hit, "the norm's statistics run over all channels")
     w.emit(labels)
+
+
+def _rewritten(w: Walk, labels: Labels, axes: list[int], param_axis: int | None, params_from: int = 1) -> None:
+    """A norm over channels that may go: it reads them, and is rewritten with the original number of channels.
+
+    With removed channels as zeros, T positions in all and a share r of them gone, the statistics of the original
+    over the kept positions are mean = sum / T and var = sum((x - mean)^2) / T + r mean^2.
+    """
+    for k in range(1, len(w.node.input)):
+        if w.has(k) and not w.constant(k):
+            raise Refused("its parameters are computed from the input")
+    w.read(0)
+    for k in range(1, len(w.node.input)):
+        if w.has(k) and param_axis is not None:
+            at = 0 if len(w.shape(k)) == 1 else param_axis - params_from
+            if w.shape(k)[at] > 1:
+                w.site(k, {at: (labels, param_axis)})
+    w.edit("norm", labels=labels, axes=axes, total=math.prod(w.shape(0)[a] for a in axes), param_axis=param_axis)
+    w.emit(labels)
+
+
+def rms_norm(w: Walk) -> None:
+    """RMSNormalization: mean of squares over the axes from `axis` on; exact on kept channels with the original count."""
+    labels = w.lab(0)
+    axis = int(w.attr("axis", -1))
+    axis += labels.ndim if axis < 0 else 0
+    hit = [a for a in axes_of(labels) if a >= axis]
+    if w.norms == "rewrite" and len(hit) == 1 == len(axes_of(labels)):
+        _rewritten(w, labels, list(range(axis, labels.ndim)), param_axis=hit[0], params_from=axis)
+        return
+    w.emit(w.protect_axis(labels, hit, "the norm's statistics run over all channels"))
 
 
 def mean_variance(w: Walk) -> None:
@@ -127,8 +170,10 @@ def reduce(w: Walk) -> None:
     if hit and kept:
         for a in hit:
             labels = w.same_along(labels, a, f"{op} joins them")
-    elif hit and op in SUMS:
+    elif hit and (op in SUMS or (op == "ReduceMean" and w.norms == "rewrite")):
         w.read(0)
+        if op == "ReduceMean":
+            w.edit("mean", labels=labels, axes=hit)
         labels = np.zeros((1,) * rank, np.int64)
     elif hit:
         labels = w.protect_axis(labels, hit, f"{op} runs over all channels")

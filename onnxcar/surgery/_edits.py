@@ -257,6 +257,87 @@ def _lrn(b: Bench, edit: Edit) -> None:
     ]
 
 
+def _mean(b: Bench, edit: Edit) -> None:
+    """A mean over channels keeps its original divisor: the mean of what is left times its share."""
+    (axis,) = edit.args["axes"]
+    alive = b.along(edit.args["labels"], axis)
+    if alive.all():
+        return
+    node = b.nodes[edit.node][0]
+    dtype = helper.tensor_dtype_to_np_dtype(b.facts.dtype(node.input[0]))
+    share = b.tensors.constant(np.asarray(alive.sum() / alive.size, dtype), f"{node.output[0]}_share")
+    final, inner = node.output[0], b.fresh(node.output[0])
+    node.output[0] = inner
+    legacy = {"broadcast": 1} if b.facts.opset < 7 else {}
+    b.nodes[edit.node].append(helper.make_node("Mul", [inner, share], [final], b.fresh(f"{final}_mul"), **legacy))
+
+
+def _norm(b: Bench, edit: Edit) -> None:
+    """LayerNormalization and its kin over the kept channels with the statistics of all, the removed ones zero.
+
+    mean = sum / T; var = sum((x - mean)^2) / T + r mean^2, with T the original number of positions and r the share
+    of them that is gone; RMSNormalization has no mean: var = sum(x^2) / T.
+    """
+    labels, axes, total = edit.args["labels"], list(edit.args["axes"]), int(edit.args["total"])
+    alive = b.table[labels]
+    if alive.all():
+        return
+    node = b.nodes[edit.node][0]
+    gone = 1.0 - float(alive.sum()) / alive.size
+    x, y, rank = node.input[0], node.output[0], len(b.facts.shape(node.input[0]) or ())
+    stored = helper.tensor_dtype_to_np_dtype(b.facts.dtype(x))
+    half = stored.itemsize < 4  # statistics are summed in float32, as the op itself does
+    dtype = np.dtype(np.float32) if half else stored
+    made: list[onnx.NodeProto] = []
+
+    def op(kind: str, inputs: list[str], what: str, **attributes: Any) -> str:
+        name = b.fresh(f"{y}_{what}")
+        made.append(helper.make_node(kind, inputs, [name], name, **attributes))
+        return name
+
+    def number(value: float, what: str) -> str:
+        return b.tensors.constant(np.asarray(value, dtype), f"{y}_{what}")
+
+    def total_of(value: str, what: str) -> str:
+        if b.facts.opset < 13:
+            return op("ReduceSum", [value], what, axes=axes, keepdims=1)
+        return op("ReduceSum", [value, b.tensors.constant(np.asarray(axes, np.int64), f"{y}_axes")], what, keepdims=1)
+
+    source = op("Cast", [x], "float", to=onnx.TensorProto.FLOAT) if half else x
+    share = number(1.0 / total, "inverse_count")
+    centred = source
+    if node.op_type != "RMSNormalization":
+        mean = op("Mul", [total_of(source, "sum"), share], "mean")
+        centred = op("Sub", [source, mean], "centred")
+    variance = op("Mul", [total_of(op("Mul", [centred, centred], "squares"), "sum_squares"), share], "variance")
+    if node.op_type != "RMSNormalization":
+        rest = op("Mul", [op("Mul", [mean, mean], "mean_square"), number(gone, "share_gone")], "variance_gone")
+        variance = op("Add", [variance, rest], "variance_all")
+    epsilon = number(float(attribute(node, "epsilon", 1e-5)), "epsilon")
+    value = op("Div", [centred, op("Sqrt", [op("Add", [variance, epsilon], "stable")], "deviation")], "normal")
+    if half:
+        value = op("Cast", [value], "cast", to=b.facts.dtype(x))
+    for k, kind in ((1, "Mul"), (2, "Add")):
+        if len(node.input) > k and node.input[k]:
+            value = op(kind, [value, _parameter(b, node, k, edit.args["param_axis"], rank, made)], kind.lower())
+    made[-1].output[0] = y
+    made[-1].name = node.name or made[-1].name
+    b.nodes[edit.node] = made
+
+
+def _parameter(
+    b: Bench, node: onnx.NodeProto, k: int, axis: int | None, rank: int, made: list[onnx.NodeProto]
+) -> str:
+    """Scale or bias of a norm, shaped to broadcast onto its input."""
+    name = node.input[k]
+    if axis is None or axis == rank - 1 or node.op_type != "GroupNormalization":
+        return name
+    shape = b.tensors.constant(np.asarray([-1] + [1] * (rank - 1 - axis), np.int64), f"{node.output[0]}_column")
+    out = b.fresh(f"{name}_column")
+    made.append(helper.make_node("Reshape", [name, shape], [out], out))
+    return out
+
+
 def _shuffle(b: Bench, edit: Edit) -> None:
     """A run of moves that permutes channels becomes one Gather; the nodes inside are swept as dead."""
     alive = b.table[edit.args["labels"]]
@@ -274,6 +355,8 @@ EDITS: dict[str, Callable[[Bench, Edit], None]] = {
     "blocks": _blocks,
     "gather": _gather,
     "lrn": _lrn,
+    "mean": _mean,
+    "norm": _norm,
     "norm_groups": _norm_groups,
     "pad": _pad,
     "shuffle": _shuffle,
