@@ -35,6 +35,7 @@ class Classes:
     def __init__(self) -> None:
         self._parent: list[int] = [0]
         self._reason: dict[int, Reason] = {0: Reason("", "", "is not a channel of any filter")}
+        self._table: Labels | None = None  # roots of all labels, until the next tie
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -58,8 +59,20 @@ class Classes:
         """`find` of every element, same shape."""
         if labels.size == 1:
             return np.full(labels.shape, self.find(int(labels.ravel()[0])), np.int64)
+        if self._table is not None and len(self._table) == len(self._parent):
+            return np.asarray(self._table[labels])
         unique, inverse = np.unique(labels, return_inverse=True)
         return np.asarray([self.find(int(x)) for x in unique], np.int64)[inverse].reshape(labels.shape)
+
+    def settle(self) -> None:
+        """Compute all roots at once; worth it when many lookups follow without a tie between them."""
+        table = np.asarray(self._parent, np.int64)
+        while True:
+            above = table[table]
+            if np.array_equal(above, table):
+                break
+            table = above
+        self._table = table
 
     def tie(self, a: Labels, b: Labels, reason: Reason) -> None:
         """Element by element, `a` and `b` (broadcast together) leave together; tied to 0 is protection."""
@@ -88,6 +101,7 @@ class Classes:
             return
         low, high = min(i, j), max(i, j)
         self._parent[high] = low
+        self._table = None
         held = self._reason.pop(high, None)
         if held is not None:
             self._reason.setdefault(low, held)

@@ -38,6 +38,7 @@ def finish(walk: Walk) -> ChannelSpace:
     _boxes(walk, inside)
     _balance(walk)
     _boxes(walk, inside)  # bundles may have tied channels that lie joint somewhere
+    walk.classes.settle()
     _lone(walk, inside)
     return _space(walk, inside)
 
@@ -122,6 +123,7 @@ def _boxes(walk: Walk, inside: set[str]) -> None:
     changed = True
     while changed:
         changed = False
+        walk.classes.settle()
         for name in joint:
             roots = walk.classes.roots(walk.labels[name])
             varying = _varying(roots)
