@@ -93,7 +93,7 @@ class Meter:
         if worked <= 0 or elapsed <= 0:
             return ""
         rate = worked / elapsed
-        shown = f"{rate:.3g} {self._unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self._unit.rstrip('s')}"
+        shown = f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
         if self.total is None:
             return shown
         return f"{shown}, {duration(max(self.total - self.done, 0) / rate)} left"
@@ -129,17 +129,24 @@ def duration(seconds: float) -> str:
 
 def _bar(console: Console, title: str) -> tuple[Progress, TaskID]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
-    narrow = console.width < 100
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=16 if narrow else 30),
+        BarColumn(bar_width=12 if console.width < 100 else 24),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[pace]}", markup=False),
-        TextColumn("{task.fields[text]}", markup=False, style="dim"),
+        TextColumn("{task.fields[pace]}", markup=False, table_column=Column(no_wrap=True)),
+        # The one part that may be cut: a terminal is as wide as it is.
+        TextColumn(
+            "{task.fields[text]}",
+            markup=False,
+            style="dim",
+            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+        ),
         console=console,
         transient=True,
+        expand=True,
         refresh_per_second=_REDRAWS,
     )
     return bar, bar.add_task(title, total=None, text="", pace="")

@@ -79,16 +79,16 @@ def interval(pair: Sequence[float] | None, form: str = ".4f") -> str:
     return "" if pair is None else f"[{pair[0]:{form}}, {pair[1]:{form}}]"
 
 
-def _table(*columns: str | tuple[str, str], title: str | None = None, left: int = 1) -> Table:
-    """A plain table; the first ``left`` columns are text, the others numbers."""
+def _table(*columns: str, left: int = 1) -> Table:
+    """A plain table; the first ``left`` columns are text that folds, the others numbers that do not."""
     from rich import box
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="")
     for i, name in enumerate(columns):
         if i < left:
-            table.add_column(str(name), justify="left", overflow="fold")
+            table.add_column(name, overflow="fold")
         else:
-            table.add_column(str(name), justify="right", no_wrap=True)
+            table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -238,8 +238,8 @@ def prune_tables(record: Json, layers: Sequence[Json]) -> list[Table]:
     return tables
 
 
-def comparison_tables(result: Json) -> list[Table]:
-    """Side by side, then each candidate's difference from the base, then classes."""
+def comparison_tables(result: Json) -> list[Table | str]:
+    """Side by side, then each candidate's difference from the base, then classes, then gates."""
     models = result["models"]
     table = _table("", *(m["name"] for m in models))
     for name in models[0]["scores"]:
@@ -255,7 +255,7 @@ def comparison_tables(result: Json) -> list[Table]:
         table.add_row(
             "  middle half", *(interval([m["latency"]["q1_ms"], m["latency"]["q3_ms"]], ".3g") for m in models)
         )
-    tables = [table]
+    tables: list[Table | str] = [table]
     if result["differences"]:
         tables.append(_difference_table(result))
         tables.extend(_class_tables(result))
@@ -303,24 +303,24 @@ def p_value(p: float | None) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def _class_tables(result: Json) -> list[Table]:
-    tables = []
+def _class_tables(result: Json) -> list[Table | str]:
+    tables: list[Table | str] = []
     for d in result["differences"]:
         changed = [c for c in d["per_class"] or [] if c["candidate"] != c["base"]]
         if not changed:
             continue
         changed.sort(key=lambda c: ((c["candidate"] - c["base"]) / c["samples"], c["class"]))
         shown = changed
-        title = f"classes that changed, {d['candidate']}"
+        title = f"Correct answers in classes that changed, {d['candidate']}"
         if len(changed) > _SHOWN_CLASSES:
             half = _SHOWN_CLASSES // 2
             shown = [*changed[:half], *changed[-half:]]
-            title += f" ({len(changed)}; the {half} that lose and the {half} that gain most)"
-        table = _table("class", "base", "candidate", "of", "change", title=title)
+            title += f" ({len(changed)}; here the {half} that lose and the {half} that gain most)"
+        table = _table("class", "base", "candidate", "of", "change")
         for c in shown:
             change = (c["candidate"] - c["base"]) / c["samples"]
             table.add_row(str(c["class"]), str(c["base"]), str(c["candidate"]), str(c["samples"]), signed(change))
-        tables.append(table)
+        tables += [title, table]
     return tables
 
 

@@ -26,7 +26,7 @@ def test_log_gets_a_plain_line_now_and_then():
             meter.update(second * 2, 240, "conv1: 3 groups removed")
     lines = console.file.getvalue().splitlines()
     assert 3 <= len(lines) <= 6
-    assert lines[0] == "pruning: 10/240 evaluations (4%), conv1: 3 groups removed, 2 evaluations/s, 1 min 55 s left"
+    assert lines[0] == "pruning: 10/240 evaluations (4%), conv1: 3 groups removed, 2/s, 1 min 55 s left"
 
 
 def test_short_work_leaves_a_log_empty():
@@ -48,7 +48,7 @@ def test_terminal_gets_a_bar_with_rate_and_eta_and_is_left_clean():
         meter._bar.refresh()
     shown = console.file.getvalue()
     assert "40%" in shown
-    assert "10 evaluations/s, 6.0 s left" in shown
+    assert "10/s, 6.0 s left" in shown
     assert shown.endswith("\x1b[?25h\r\x1b[1A\x1b[2K") or shown.endswith("\x1b[2K")
 
 
@@ -59,7 +59,7 @@ def test_replayed_work_does_not_count_as_pace():
         meter.update(900, 1000)  # from a journal, in no time
         clock.now = 10.0
         meter.update(910, 1000)
-    assert meter.pace(10.0) == "1 evaluations/s, 1 min 30 s left"
+    assert meter.pace(10.0) == "1/s, 1 min 30 s left"
 
 
 def test_unknown_total_has_no_eta():
@@ -68,7 +68,7 @@ def test_unknown_total_has_no_eta():
         meter.update(0, None)
         clock.now = 20.0
         meter.update(5, None)
-    assert console.file.getvalue() == "scoring: 5, 4 s/group\n"
+    assert console.file.getvalue() == "scoring: 5, 4 s each\n"
 
 
 def test_reports_between_lines_are_cheap():

@@ -37,7 +37,8 @@ class Command(click.Command):
         """Read the defaults of the file first: click's own order (line, file, default) does the rest."""
         if self.model is not None and not ctx.resilient_parsing:
             given, _, _ = self.make_parser(ctx).parse_args(list(args))
-            if not given.get("help"):
+            asked = self.get_help_option(ctx)
+            if asked is None or not given.get(asked.name or ""):
                 ctx.default_map = self._defaults(given)
         return super().parse_args(ctx, args)
 

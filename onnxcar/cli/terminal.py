@@ -36,10 +36,17 @@ class Terminal:
         return _console(sys.stderr)
 
     def data(self, *parts: RenderableType) -> None:
-        """Tables and lines that are the command's result."""
+        """Tables and lines that are the command's result; an empty line stands around every table."""
         console = self.out
-        for part in parts:
-            console.print(part, markup=False, highlight=False)
+        with console.capture() as shown:
+            for i, part in enumerate(parts):
+                if i and not (isinstance(part, str) and isinstance(parts[i - 1], str)):
+                    console.print()
+                console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+        # Tables pad their lines to one length; who copies or greps them wants no blanks at the end.
+        for line in shown.get().splitlines():
+            sys.stdout.write(f"{line.rstrip()}\n")
+        sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """Something worth knowing; silent with ``--quiet``."""
