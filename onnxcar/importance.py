@@ -90,7 +90,7 @@ class Importances:
             "correct": None if score is None else score.correct,
             "per_class": self._classes(score) if by_class and score is not None else None,
             "macs": self.space.saved_macs(group.id),
-            "params": self.space.cost().params - self.space.cost({group.id}).params,
+            "params": self.space.saved_params(group.id),
         }
 
     def _classes(self, score: Score) -> dict[str, float] | None:

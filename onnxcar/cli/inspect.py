@@ -38,7 +38,7 @@ def command(model: Path, groups: bool, norms: str, **params: Any) -> None:
 
     json_to = params["json"]
     json_target(json_to, [model])
-    result = describe(analyze(load(model), norms=norms))
+    result = describe(analyze(load(model), norms=norms), groups=groups or json_to is not None)
     write_json(result, json_to)
     if json_to == "-":
         return
@@ -54,7 +54,7 @@ def command(model: Path, groups: bool, norms: str, **params: Any) -> None:
     total = result["filters"]
     share = total["prunable"] / total["all"] if total["all"] else 0.0
     out.data(f"{total['prunable']} of {total['all']} filters can go ({share:.1%}), in {total['groups']} groups.")
-    out.note(_next(model, total))
+    out.note(_next(model, total), command=True)
 
 
 def _sizes(result: dict[str, Any]) -> str:
@@ -69,8 +69,8 @@ def _next(model: Path, total: dict[str, int]) -> str:
     return f"Next: onnxcar prune {model} --data PATH --preprocess NAME"
 
 
-def describe(space: ChannelSpace) -> dict[str, Any]:
-    """Everything ``inspect`` knows, as JSON types."""
+def describe(space: ChannelSpace, *, groups: bool = True) -> dict[str, Any]:
+    """Everything ``inspect`` knows, as JSON types; without ``groups`` the list of them stays empty."""
     from onnxcar import record
 
     model, cost = space.model, space.cost()
@@ -92,7 +92,6 @@ def describe(space: ChannelSpace) -> dict[str, Any]:
         }
         for x in space.layers
     ]
-    none: frozenset[int] = frozenset()
     return {
         **header("inspect"),
         "model": record.model_entry(model.path, model.sha256, cost, model.n_bytes),
@@ -122,10 +121,10 @@ def describe(space: ChannelSpace) -> dict[str, Any]:
             {
                 "group": g.name,
                 "filters": [list(f) for f in g.filters],
-                "params": cost.params - space.cost({g.id}).params,
-                "macs": space.saved_macs(g.id, none),
+                "params": space.saved_params(g.id),
+                "macs": space.saved_macs(g.id),
             }
-            for g in space.groups
+            for g in (space.groups if groups else ())
         ],
     }
 

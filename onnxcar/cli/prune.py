@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from onnxcar.cli.border import InterruptedRunError
+from onnxcar.cli.border import GateNotMetError, InterruptedRunError
 from onnxcar.cli.command import Command
 from onnxcar.cli.later import later_options, refuse_later_values
 from onnxcar.cli.options import (
@@ -330,7 +330,7 @@ def _write_plan(run: Run, path: Path, params: dict[str, Any]) -> None:
     here = terminal()
     if params["json"] != "-":
         here.data(f"{path}  {n} filters to remove; no model was written.")
-    here.note(f"Next: onnxcar prune {quoted(params['model'])} --plan {quoted(path)}")
+    here.note(f"Next: onnxcar prune {quoted(params['model'])} --plan {quoted(path)}", command=True)
 
 
 def _write(run: Run, paths: _Paths, params: dict[str, Any]) -> dict[str, Any]:
@@ -383,17 +383,40 @@ def _advise(record: dict[str, Any], params: dict[str, Any], paths: _Paths) -> No
     if verified is None:
         here.warn("Not verified (--no-verify): nothing says that the compact model equals the masked original.")
     else:
-        here.note(
-            f"Verified on {verified['samples']} samples: output = masked original (to {verified['max_abs_error']:.0e})."
-        )
+        error = f"largest error {verified['max_abs_error']:.0e}"
+        here.note(f"Verified on {verified['samples']} samples: output = masked original ({error}).")
     if not record["removed"]:
         here.warn(_nothing_removed(record))
     if record["base"] is not None and record["optimistic"]:
         here.note("The scores are optimistic: filters were chosen on the same data. Give --test-data for honest ones.")
-    here.note(f"Model   {paths.out}\nRecord  {paths.record}")
+    here.note(f"Model   {paths.out}\nRecord  {paths.record}", command=True)
     if record["stopped"] == "time_limit":
-        here.note(f"Journal {paths.journal}\nThe same command with --force goes on from there.")
-    here.note(f"Next: {_compare_command(params, paths)}")
+        here.note(f"Journal {paths.journal}\nThe same command with --force goes on from there.", command=True)
+    here.note(f"Next: {_compare_command(params, paths)}", command=True)
+    _hold_gate(record, params["max_drop"])
+
+
+def _hold_gate(record: dict[str, Any], max_drop: float | None) -> None:
+    """A search stops in time; a plan may not, and test data were never asked.
+
+    Raises:
+        GateNotMetError: The compact model is worse on ``--data`` than ``--max-drop`` allows.
+    """
+    if max_drop is None:
+        return
+    from onnxcar.metrics import metric
+
+    sign = 1 if metric(record["metric"]).larger_is_better else -1
+    for first, last, where in (("test_base", "test_final", "--test-data"), ("base", "final", "--data")):
+        if record[first] is None or record[last] is None:
+            continue
+        drop = sign * (record[first]["value"] - record[last]["value"])
+        if drop <= max_drop + 1e-9:
+            continue
+        text = f"{record['metric']} on {where} is {drop:.4f} worse than the original's, --max-drop allows {max_drop:g}"
+        if where == "--data":
+            raise GateNotMetError(f"Gate not met: {text}.")
+        terminal().warn(f"{text}: the limit is held on --data only. Choose on more data, or allow less.")
 
 
 def _nothing_removed(record: dict[str, Any]) -> str:

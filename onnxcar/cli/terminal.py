@@ -36,22 +36,29 @@ class Terminal:
         return _console(sys.stderr)
 
     def data(self, *parts: RenderableType) -> None:
-        """Tables and lines that are the command's result; an empty line stands around every table."""
+        """Tables and lines that are the command's result; a line may head the table after it."""
         console = self.out
         with console.capture() as shown:
             for i, part in enumerate(parts):
-                if i and not (isinstance(part, str) and isinstance(parts[i - 1], str)):
+                if i and not isinstance(parts[i - 1], str):
                     console.print()
                 console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
         # Tables pad their lines to one length; who copies or greps them wants no blanks at the end.
         for line in shown.get().splitlines():
             sys.stdout.write(f"{line.rstrip()}\n")
+        if console.is_terminal and not self.quiet:
+            sys.stdout.write("\n")  # advice follows
         sys.stdout.flush()
 
-    def note(self, text: str) -> None:
-        """Something worth knowing; silent with ``--quiet``."""
+    def note(self, text: str, *, command: bool = False) -> None:
+        """Something worth knowing; silent with ``--quiet``.
+
+        Args:
+            text: A sentence or more.
+            command: It ends in a command to copy, so it is not broken into lines.
+        """
         if not self.quiet:
-            self._say(text, "")
+            self._say(text, "", unbroken=command)
 
     def warn(self, text: str) -> None:
         """A doubtful result; said even with ``--quiet``."""
@@ -61,8 +68,10 @@ class Terminal:
         """Why the command ends here."""
         self._say(f"Error: {text}", "red")
 
-    def _say(self, text: str, style: str) -> None:
-        self.err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    def _say(self, text: str, style: str, *, unbroken: bool = False) -> None:
+        console = self.err
+        # A log gets one line a message; a terminal would break words in two.
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=unbroken or not console.is_terminal)
 
     def show_warnings(self) -> None:
         """Say our own warnings in our own form; those of libraries only with ``--traceback``."""
