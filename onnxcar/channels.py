@@ -6,7 +6,7 @@ where they index a weight or are read; this module holds the algebra, `ChannelSp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcar.facts import Facts
+from onnxcar.ledger import Ledger
 from onnxcar.model import Model
 
 Labels = npt.NDArray[np.int64]  # rank of the value, size 1 along axes without channels; 0 = never removed
@@ -268,25 +269,27 @@ class ChannelSpace:
 
     def cost(self, removed: Collection[int] = ()) -> Cost:
         """Params and MACs of the network without the groups `removed`."""
-        table = self.alive(removed)
-        return Cost(self.base_params - self._params_gone(table), self._macs(table))
+        ledger = self._ledger(removed)
+        return Cost(ledger.params, round(ledger.macs))
 
-    def _macs(self, table: npt.NDArray[np.bool_]) -> int:
-        total = 0.0
-        for t in self.terms:
-            ins = table[t.reads].reshape(t.blocks, -1).sum(1)
-            outs = table[t.writes].reshape(t.blocks, -1).sum(1)
-            total += t.scale * float((ins * outs).sum())
-        return round(total)
-
-    def _params_gone(self, table: npt.NDArray[np.bool_]) -> int:
-        gone = 0
-        for shape, site in self._tensors:
-            gone += int(np.prod(shape)) - kept_size(shape, site, table)
-        return gone
+    def _ledger(self, removed: Collection[int]) -> Ledger:
+        """A ledger for `removed`; the last one goes on where it can, as a search removes more and more."""
+        gone = removed if isinstance(removed, set | frozenset) else set(removed)
+        first, last = self._ledgers
+        if not last.removed <= gone:
+            last = first.copy()
+        last.remove(gone - last.removed)
+        self._ledgers[1] = last
+        return last
 
     @cached_property
-    def _tensors(self) -> list[tuple[tuple[int, ...], Site]]:
+    def _ledgers(self) -> list[Ledger]:
+        """The untouched network's, and the last one asked for."""
+        first = Ledger(self)
+        return [first, first.copy()]
+
+    @cached_property
+    def tensors(self) -> list[tuple[tuple[int, ...], Site]]:
         """Distinct weight tensors that sites cut, with their shapes; a tensor cut alike at many uses counts once."""
         found: dict[tuple[Any, ...], tuple[tuple[int, ...], Site]] = {}
         for site in self.sites:
@@ -297,55 +300,23 @@ class ChannelSpace:
                 found.setdefault(key, (shape, site))
         return list(found.values())
 
-    @cached_property
-    def _touched(self) -> list[list[int]]:
-        """For each group the indices of the terms it appears in."""
-        out: list[list[int]] = [[] for _ in self.groups]
-        for i, t in enumerate(self.terms):
-            for g in np.unique(np.concatenate([t.reads, t.writes])).tolist():
-                if g >= 0:
-                    out[g].append(i)
-        return out
-
     def saved_macs(self, group: int, removed: Collection[int] = ()) -> int:
         """MACs that go when `group` is removed from the network without `removed`."""
-        table = self.alive(removed)
-        if not table[group]:
-            return 0
-        saved = 0.0
-        for i in self._touched[group]:
-            t = self.terms[i]
-            for sign in (1, -1):
-                table[group] = sign == 1
-                ins = table[t.reads].reshape(t.blocks, -1).sum(1)
-                outs = table[t.writes].reshape(t.blocks, -1).sum(1)
-                saved += sign * t.scale * float((ins * outs).sum())
-        return round(saved)
+        return round(self._ledger(removed).saved_macs(group))
+
+    def saved_params(self, group: int, removed: Collection[int] = ()) -> int:
+        """Weight elements that go when `group` is removed from the network without `removed`."""
+        return self._ledger(removed).saved_params(group)
 
     # --- what may go ----------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _sets_of(self) -> list[list[int]]:
-        out: list[list[int]] = [[] for _ in self.groups]
-        for i, (_, ids) in enumerate(self.keep_one):
-            for g in ids.tolist():
-                out[g].append(i)
-        return out
-
     def allows(self, group: int, removed: Collection[int]) -> bool:
         """Whether `group` can go after `removed` without emptying an axis of some value."""
-        gone = removed if isinstance(removed, set | frozenset) else set(removed)
-        return all(any(g != group and g not in gone for g in self.keep_one[i][1].tolist()) for i in self._sets_of[group])
+        return group not in self._ledger(removed).blocked
 
     def blocked(self, removed: Collection[int]) -> set[int]:
         """Groups that would empty an axis if they went after `removed`."""
-        table = self.alive(removed)
-        out = set()
-        for _, ids in self.keep_one:
-            left = ids[table[ids]]
-            if len(left) == 1:
-                out.add(int(left[0]))
-        return out
+        return set(self._ledger(removed).blocked)
 
     def empties(self, removed: Collection[int]) -> str | None:
         """Name of a value that `removed` would leave without channels, None if every axis keeps one."""
@@ -366,7 +337,9 @@ class ChannelSpace:
     def _producer_sites(self) -> dict[int, Site]:
         nodes = {n.name or f"{n.op_type}_{i}": i for i, n in enumerate(self.model.proto.graph.node)}
         weights = {(s.node, s.input): s for s in self.sites}
-        return {x.index: weights[key] for x in self.layers for key in [(nodes[x.node], self._weight_input(nodes[x.node]))]}
+        return {
+            x.index: weights[key] for x in self.layers for key in [(nodes[x.node], self._weight_input(nodes[x.node]))]
+        }
 
     def _weight_input(self, node: int) -> int:
         inputs = self.model.proto.graph.node[node].input
@@ -412,21 +385,6 @@ class ChannelSpace:
                     if g >= 0:
                         out.setdefault(g, []).append((site, axis))
         return out
-
-
-def kept_size(shape: Sequence[int], site: Site, table: npt.NDArray[np.bool_]) -> int:
-    """Elements of a tensor of `shape` that survive at `site`."""
-    size = 1
-    if site.blocks > 1 and len(site.axes) == 2:
-        other = next(a for a in site.axes if a != site.rows)
-        rows = table[site.axes[site.rows]].reshape(site.blocks, -1).sum(1)
-        cols = table[site.axes[other]].reshape(site.blocks, -1).sum(1)
-        size = int((rows * cols).sum())
-        rest = [n for a, n in enumerate(shape) if a not in site.axes]
-        return size * int(np.prod(rest, dtype=np.int64))
-    for axis, n in enumerate(shape):
-        size *= int(table[site.axes[axis]].sum()) if axis in site.axes else n
-    return size
 
 
 def unique_sets(sets: Iterable[tuple[str, npt.NDArray[np.int64]]]) -> tuple[tuple[str, npt.NDArray[np.int64]], ...]:

@@ -286,8 +286,10 @@ def _constant_node(node: onnx.NodeProto, model: Model | None) -> Array | onnx.Te
     for a in node.attribute:
         if a.name == "value":
             if math.prod(a.t.dims) > SMALL:
-                return a.t
-            return model.array(a.t) if model is not None else numpy_helper.to_array(a.t)
+                tensor: onnx.TensorProto = a.t
+                return tensor
+            values: Array = model.array(a.t) if model is not None else numpy_helper.to_array(a.t)
+            return values
         if a.name in ("value_float", "value_floats"):
             return np.asarray(helper.get_attribute_value(a), np.float32)
         if a.name in ("value_int", "value_ints"):
@@ -349,7 +351,8 @@ def _cast(node: onnx.NodeProto, arrays: Sequence[Array | None]) -> Array:
 
 def _div(node: onnx.NodeProto, arrays: Sequence[Array | None]) -> Array:
     a, b = arrays[0], arrays[1]
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     if np.issubdtype(a.dtype, np.integer):
         if not np.all(b):
             raise ZeroDivisionError
@@ -405,7 +408,9 @@ def fold(
     clone.CopyFrom(node)
     clone.input[:] = [f"x{i}" if a is not None else "" for i, a in enumerate(arrays)]
     clone.output[:] = [f"y{i}" if o else "" for i, o in enumerate(node.output)]
-    ins = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in feeds.items()]
+    ins = [
+        helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in feeds.items()
+    ]
     outs = [onnx.ValueInfoProto(name=o) for o in clone.output if o]
     imports = [helper.make_opsetid(d, v) for d, v in (versions or {"": opset}).items()]
     tiny = helper.make_model(helper.make_graph([clone], "fold", ins, outs), opset_imports=imports)

@@ -6,6 +6,7 @@ A rule is a function of the `Walk` at a node. What has no rule protects the chan
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from onnxcar.channels import ChannelSpace
 from onnxcar.facts import Facts, captured, trace
@@ -24,21 +25,98 @@ def _nothing(w: Walk) -> None:
     """Sizes are no channels; what is computed from them is patched by `surgery` where channels are gone."""
 
 
-_UNARY = (
-    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast CastLike Ceil Celu Clip Cos Cosh Dropout Elu Erf Exp Floor "
-    "Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink "
-    "Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
-).split()
-_NARY = (
-    "And BitShift BitwiseAnd BitwiseOr BitwiseXor Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Or "
-    "Sum Where Xor"
-).split()
-_POOLS = (
-    "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool GridSample LpPool MaxPool MaxRoiPool RoiAlign"
-).split()
-_REDUCTIONS = (
-    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare"
-).split()
+_UNARY = [
+    "Abs",
+    "Acos",
+    "Acosh",
+    "Asin",
+    "Asinh",
+    "Atan",
+    "Atanh",
+    "BitwiseNot",
+    "Cast",
+    "CastLike",
+    "Ceil",
+    "Celu",
+    "Clip",
+    "Cos",
+    "Cosh",
+    "Dropout",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Floor",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "IsInf",
+    "IsNaN",
+    "LeakyRelu",
+    "Log",
+    "Mish",
+    "Neg",
+    "Not",
+    "Reciprocal",
+    "Relu",
+    "Round",
+    "Selu",
+    "Shrink",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Sinh",
+    "Softplus",
+    "Softsign",
+    "Sqrt",
+    "Swish",
+    "Tan",
+    "Tanh",
+    "ThresholdedRelu",
+]
+_NARY = [
+    "And",
+    "BitShift",
+    "BitwiseAnd",
+    "BitwiseOr",
+    "BitwiseXor",
+    "Equal",
+    "Greater",
+    "GreaterOrEqual",
+    "Less",
+    "LessOrEqual",
+    "Max",
+    "Mean",
+    "Min",
+    "Mod",
+    "Or",
+    "Sum",
+    "Where",
+    "Xor",
+]
+_POOLS = [
+    "AveragePool",
+    "GlobalAveragePool",
+    "GlobalLpPool",
+    "GlobalMaxPool",
+    "GridSample",
+    "LpPool",
+    "MaxPool",
+    "MaxRoiPool",
+    "RoiAlign",
+]
+_REDUCTIONS = [
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceSum",
+    "ReduceSumSquare",
+]
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_UNARY, e.same),
@@ -111,7 +189,7 @@ def analyze(model: Model, *, norms: str = "protect", facts: Facts | None = None)
 
 def _apply(walk: Walk, rule: Rule, touched: list[int]) -> None:
     """Run a rule; where it refuses, take back what it noted and protect the channels that enter."""
-    noted = (walk.sites, walk.reads, walk.edits, walk.terms, walk.layers, walk.equal)
+    noted: tuple[list[Any], ...] = (walk.sites, walk.reads, walk.edits, walk.terms, walk.layers, walk.equal)
     before = [len(x) for x in noted]
     try:
         rule(walk)

@@ -34,7 +34,7 @@ def tie(w: Walk) -> None:
             elif axes_of(labels) == axes_of(total):
                 w.tie(total, labels, f"{op} ties it to another branch")
             else:
-                w.tie(*np.broadcast_arrays(total, labels), f"{op} ties channels of different axes")
+                w.tie(total, labels, f"{op} ties channels of different axes")
                 total = np.ascontiguousarray(np.broadcast_arrays(total, labels)[0])
         carried = tuple(max(a, b) for a, b in zip(carried, shape, strict=True))
     for k, shape in shapes.items():
@@ -81,13 +81,15 @@ def legacy_broadcast(w: Walk) -> None:
     axis, labels, shape = int(w.attr("axis")), w.lab(0), w.shape(1)
     axis += len(w.shape(0)) if axis < 0 else 0
     if w.constant(1):
-        w.site(1, {a - axis: (labels, a) for a in axes_of(labels) if axis <= a < axis + len(shape) and shape[a - axis] > 1})
+        w.site(
+            1, {a - axis: (labels, a) for a in axes_of(labels) if axis <= a < axis + len(shape) and shape[a - axis] > 1}
+        )
     else:
         other = w.lab(1).reshape((1,) * axis + w.lab(1).shape + (1,) * (len(w.shape(0)) - axis - len(shape)))
         full = (1,) * axis + shape + (1,) * (len(w.shape(0)) - axis - len(shape))
         labels, other = _meet(w, labels, w.shape(0), other, full, w.node.op_type)
         if axes_of(labels) and axes_of(other):
-            w.tie(*np.broadcast_arrays(labels, other), f"{w.node.op_type} ties it to another branch")
+            w.tie(labels, other, f"{w.node.op_type} ties it to another branch")
         elif axes_of(other):
             labels = other
     w.emit(labels)

@@ -87,7 +87,9 @@ def _shuffles(walk: Walk) -> set[str]:
         inside.update(walk.graph.node[i].output[0] for i in run[:-1])
         walk.edits = [x for x in walk.edits if x.node not in run]
         walk.edits.append(
-            Edit(run[-1], "shuffle", {"start": node.input[0], "axis": axis, "labels": start.reshape(-1), "index": order})
+            Edit(
+                run[-1], "shuffle", {"start": node.input[0], "axis": axis, "labels": start.reshape(-1), "index": order}
+            )
         )
     return inside
 
@@ -149,7 +151,9 @@ def _balance(walk: Walk) -> None:
         parts = []
         for part in e.parts:
             roots = walk.classes.roots(part)
-            parts.append(np.asarray([r if walk.classes.reason(int(r)) is None else 0 for r in roots.tolist()], np.int64))
+            parts.append(
+                np.asarray([r if walk.classes.reason(int(r)) is None else 0 for r in roots.tolist()], np.int64)
+            )
         constraints.append(parts)
     found, alone = bundles(constraints)
     for bundle in found:
@@ -218,12 +222,11 @@ def _space(walk: Walk, inside: set[str]) -> ChannelSpace:
         for part in _axis_sets(x, name in inside):
             if len(part) and (part >= 0).all():
                 sets.append((name, np.unique(part)))
-    for s in sites:
-        if s.blocks > 1:
-            for a, v in s.axes.items():
-                rows = v.reshape(s.blocks, -1)
-                if all((r >= 0).all() for r in rows):
-                    sets.append((walk.graph.node[s.node].input[s.input] + f" axis {a}", np.unique(v)))
+    for site in sites:
+        if site.blocks > 1:
+            for a, v in site.axes.items():
+                if (v >= 0).all():
+                    sets.append((walk.graph.node[site.node].input[site.input] + f" axis {a}", np.unique(v)))
     edits = tuple(Edit(x.node, x.kind, {k: _converted(v, to_ids, k) for k, v in x.args.items()}) for x in walk.edits)
     terms = tuple(Term(t.node, t.scale, to_ids(t.reads), to_ids(t.writes), t.blocks) for t in walk.terms)
     return ChannelSpace(
@@ -244,7 +247,18 @@ def _space(walk: Walk, inside: set[str]) -> ChannelSpace:
     )
 
 
-_PLAIN = ("index", "axes", "pads", "axis", "blocks", "input", "start", "channels", "total", "param_axis")  # arguments that hold no labels
+_PLAIN = (
+    "index",
+    "axes",
+    "pads",
+    "axis",
+    "blocks",
+    "input",
+    "start",
+    "channels",
+    "total",
+    "param_axis",
+)  # arguments that hold no labels
 
 
 def _converted(value: Any, to_ids: Callable[[Labels], Labels], key: str) -> Any:
@@ -262,14 +276,14 @@ def _converted(value: Any, to_ids: Callable[[Labels], Labels], key: str) -> Any:
 
 def weight_name(walk: Walk, raw: RawLayer) -> str:
     """Name of the stored tensor behind a layer's weight."""
-    name = walk.graph.node[raw.node].input[raw.input]
+    name = str(walk.graph.node[raw.node].input[raw.input])
     while name not in walk.facts.initializers and name in walk.facts.producers:
         node = walk.graph.node[walk.facts.producers[name]]
         if not node.input or not node.input[0]:
             break
         if node.op_type not in ("Identity", "Cast", "Transpose", "DequantizeLinear", "QuantizeLinear"):
             break
-        name = node.input[0]
+        name = str(node.input[0])
     return name
 
 
@@ -288,7 +302,9 @@ def _layers(walk: Walk, ids: dict[int, int]) -> tuple[list[Layer], dict[int, lis
                 members[g].append((index, i))
         node = walk.graph.node[raw.node]
         layers.append(
-            Layer(index, walk.name(raw.node), node.op_type, weight_name(walk, raw), len(roots), raw.kind, groups, raw.axis)
+            Layer(
+                index, walk.name(raw.node), node.op_type, weight_name(walk, raw), len(roots), raw.kind, groups, raw.axis
+            )
         )
     return layers, members
 

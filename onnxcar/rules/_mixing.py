@@ -82,7 +82,7 @@ def _rewritten(w: Walk, labels: Labels, axes: list[int], param_axis: int | None,
 
 
 def rms_norm(w: Walk) -> None:
-    """RMSNormalization: mean of squares over the axes from `axis` on; exact on kept channels with the original count."""
+    """RMSNormalization: mean of squares over the axes from `axis` on; exact with the original count."""
     labels = w.lab(0)
     axis = int(w.attr("axis", -1))
     axis += labels.ndim if axis < 0 else 0
@@ -147,14 +147,14 @@ def along_axis(w: Walk) -> None:
     for k in range(len(w.node.output)):
         if w.node.output[k]:
             drop = len(w.out_shape(k)) < rank
-            w.emit(labels.take(0, axis=axis) if drop else labels, k)
+            w.emit(np.asarray(labels.take(0, axis=axis)) if drop else labels, k)
 
 
 SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")  # zero adds nothing: exact over masked channels
 
 
 def reduce(w: Walk) -> None:
-    """Reductions: over positions labels pass; a sum over channels reads them; other reductions over channels protect."""
+    """Reductions: over positions labels pass; a sum over channels reads them; others over channels protect."""
     labels = w.lab(0)
     rank = labels.ndim
     given = w.value(1) if w.has(1) else None

@@ -12,12 +12,12 @@ from onnxcar.rules._walk import EqualCounts, RawLayer, RawTerm, Refused, Walk, a
 
 def _weight_root(w: Walk, k: int) -> str:
     """Name of the tensor behind a constant input: exporters store equal tensors once, behind Identity."""
-    name = w.node.input[k]
+    name = str(w.node.input[k])
     while name in w.facts.producers:
         node = w.graph.node[w.facts.producers[name]]
         if not node.input or node.op_type not in ("Identity", "DequantizeLinear", "Cast", "Transpose"):
             break
-        name = node.input[0]
+        name = str(node.input[0])
     return name
 
 
@@ -117,7 +117,9 @@ def _grouped(w: Walk, x: Labels, y: Labels, blocks: int, *, transposed: bool) ->
 def gemm(w: Walk) -> None:
     """Gemm: alpha A' B' + beta C, B constant."""
     if not w.constant(1) or w.constant(0):
-        raise Refused("it multiplies two values that both depend on the input" if not w.constant(1) else "A is constant")
+        raise Refused(
+            "it multiplies two values that both depend on the input" if not w.constant(1) else "A is constant"
+        )
     if w.attr("transA", 0):
         raise Refused("it transposes its input")
     shape = w.shape(1)

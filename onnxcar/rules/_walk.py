@@ -14,7 +14,7 @@ from onnxcar.channels import Classes, Edit, Labels, Reason
 from onnxcar.facts import Facts, Shape, attribute
 
 
-class Refused(Exception):  # noqa: N818 - not an error: the rule says why it does not apply, and the walk protects
+class Refused(Exception):
     """Raised by a rule that does not fit a node; the channels that enter it are protected for this reason."""
 
 
@@ -86,7 +86,8 @@ class Walk:
     @property
     def node(self) -> onnx.NodeProto:
         """The node at hand."""
-        return self.graph.node[self.index]
+        node: onnx.NodeProto = self.graph.node[self.index]
+        return node
 
     @property
     def opset(self) -> int:

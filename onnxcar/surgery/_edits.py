@@ -145,7 +145,7 @@ def _write_slice(
 
 
 def _old_bounds(b: Bench, node: onnx.NodeProto) -> dict[int, tuple[int, int, int]]:
-    """axis -> (start, end, step) of a Slice as it stands."""
+    """Axis -> (start, end, step) of a Slice as it stands."""
     rank = len(b.facts.shape(node.input[0]) or ())
     if b.facts.opset < 10:
         starts, ends = attribute(node, "starts"), attribute(node, "ends")
@@ -158,9 +158,7 @@ def _old_bounds(b: Bench, node: onnx.NodeProto) -> dict[int, tuple[int, int, int
         starts, ends = values[0].tolist(), values[1].tolist()
         axes = values[2].tolist() if values[2] is not None else list(range(len(starts)))
         steps = values[3].tolist() if values[3] is not None else [1] * len(starts)
-    return {
-        a + rank if a < 0 else a: (s, e, t) for a, s, e, t in zip(axes, starts, ends, steps, strict=True)
-    }
+    return {a + rank if a < 0 else a: (s, e, t) for a, s, e, t in zip(axes, starts, ends, steps, strict=True)}
 
 
 def _gather(b: Bench, edit: Edit) -> None:
@@ -230,7 +228,7 @@ def _norm_groups(b: Bench, edit: Edit) -> None:
 
 
 def _lrn(b: Bench, edit: Edit) -> None:
-    """x / (bias + alpha / size * window(x * x)) ^ beta with the original neighbours that are left."""
+    """X / (bias + alpha / size * window(x * x)) ^ beta with the original neighbours that are left."""
     alive = b.table[edit.args["labels"]]
     if alive.all():
         return
@@ -245,7 +243,7 @@ def _lrn(b: Bench, edit: Edit) -> None:
     dtype = helper.tensor_dtype_to_np_dtype(b.facts.dtype(x))
     window = (band * (alpha / size)).astype(np.float64).reshape(len(kept), len(kept), *(1,) * (rank - 2)).astype(dtype)
     names = [b.fresh(f"{y}_{what}") for what in ("square", "window", "scale", "power")]
-    legacy = {"broadcast": 1} if b.facts.opset < 7 else {}
+    legacy: dict[str, Any] = {"broadcast": 1} if b.facts.opset < 7 else {}
     weight = b.tensors.constant(window, f"{y}_neighbours")
     bias = b.tensors.constant(np.full(len(kept), attribute(node, "bias", 1.0), dtype), f"{y}_bias")
     power = b.tensors.constant(np.asarray(beta, dtype), f"{y}_beta")
@@ -268,7 +266,7 @@ def _mean(b: Bench, edit: Edit) -> None:
     share = b.tensors.constant(np.asarray(alive.sum() / alive.size, dtype), f"{node.output[0]}_share")
     final, inner = node.output[0], b.fresh(node.output[0])
     node.output[0] = inner
-    legacy = {"broadcast": 1} if b.facts.opset < 7 else {}
+    legacy: dict[str, Any] = {"broadcast": 1} if b.facts.opset < 7 else {}
     b.nodes[edit.node].append(helper.make_node("Mul", [inner, share], [final], b.fresh(f"{final}_mul"), **legacy))
 
 
@@ -325,11 +323,9 @@ def _norm(b: Bench, edit: Edit) -> None:
     b.nodes[edit.node] = made
 
 
-def _parameter(
-    b: Bench, node: onnx.NodeProto, k: int, axis: int | None, rank: int, made: list[onnx.NodeProto]
-) -> str:
+def _parameter(b: Bench, node: onnx.NodeProto, k: int, axis: int | None, rank: int, made: list[onnx.NodeProto]) -> str:
     """Scale or bias of a norm, shaped to broadcast onto its input."""
-    name = node.input[k]
+    name = str(node.input[k])
     if axis is None or axis == rank - 1 or node.op_type != "GroupNormalization":
         return name
     shape = b.tensors.constant(np.asarray([-1] + [1] * (rank - 1 - axis), np.int64), f"{node.output[0]}_column")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
@@ -33,7 +35,7 @@ def mask(space: ChannelSpace, plan: Plan) -> Model:
         name = f"onnxcar_masked_{k}"
         dtype = helper.tensor_dtype_to_np_dtype(space.facts.dtype(read.value) or onnx.TensorProto.FLOAT)
         values = alive.astype(np.float32).astype(dtype)
-        extra = {}
+        extra: dict[str, Any] = {}
         if space.facts.opset < 7:  # before, a second operand is placed by `axis`
             extra = {"broadcast": 1, "axis": int(np.argmax(values.shape))}
             values = values.reshape(-1)

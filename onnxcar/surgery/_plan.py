@@ -53,7 +53,9 @@ class Plan:
                 raise PlanError(f"The plan removes filter {i} of '{name}', which has {sizes[name]}. Correct the index.")
             reason = next((p for p in space.protected if p.weight == name and i in p.filters), None)
             why = f": {reason.reason} (node '{reason.node}')" if reason else ""
-            raise PlanError(f"The plan removes filter {i} of '{name}', which is protected{why}. Take it out of the plan.")
+            raise PlanError(
+                f"The plan removes filter {i} of '{name}', which is protected{why}. Take it out of the plan."
+            )
         plan = cls(owner[f] for f in wanted)
         for g in plan.groups:
             for name, i in space.groups[g].filters:

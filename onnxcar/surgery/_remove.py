@@ -15,7 +15,7 @@ from onnxcar.model import Model
 from onnxcar.surgery._edits import EDITS, Bench
 from onnxcar.surgery._plan import Plan, checked
 from onnxcar.surgery._shapes import patch_shapes
-from onnxcar.surgery._tensors import Tensors, cut_of
+from onnxcar.surgery._tensors import Cut, Tensors, cut_of
 
 
 def remove(space: ChannelSpace, plan: Plan) -> Model:
@@ -43,7 +43,7 @@ def remove(space: ChannelSpace, plan: Plan) -> Model:
 
     nodes = [[_copied(n)] for n in space.model.proto.graph.node]
     tensors = Tensors(space.facts, nodes, fresh)
-    cuts = {}
+    cuts: dict[tuple[int, int], Cut] = {}
     for site in space.sites:
         cut = cut_of(site, table)
         if cut is not None:
@@ -171,5 +171,3 @@ def _value_info(graph: onnx.GraphProto, old: onnx.GraphProto, space: ChannelSpac
         for axis in range(min(labels.ndim, len(dims))):
             if labels.shape[axis] > 1:
                 dims[axis].dim_value = int(np.sum(bench.along(labels, axis)))
-
-

@@ -186,7 +186,9 @@ def _check(space: ChannelSpace, bench: Bench, view: _View) -> None:
 def _skipped(space: ChannelSpace, bench: Bench) -> set[str]:
     """Values inside shuffles that became a Gather: they are swept."""
     made = {o for group in bench.nodes for n in group for o in n.output}
-    used = {x for group in bench.nodes for n in group for x in n.input} | {o.name for o in space.model.proto.graph.output}
+    used = {x for group in bench.nodes for n in group for x in n.input} | {
+        o.name for o in space.model.proto.graph.output
+    }
     dead = {o for o in made if o not in used}
     changed = True
     nodes = [n for group in bench.nodes for n in group]

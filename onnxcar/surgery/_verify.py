@@ -20,7 +20,18 @@ from onnxcar.surgery._plan import Plan
 # Largest |difference| over the largest |reference| of an output. Summation order alone gives about 1e-6 in float32.
 TOLERANCE = {onnx.TensorProto.FLOAT: 1e-3, onnx.TensorProto.DOUBLE: 1e-6}
 _COARSE = 5e-2  # half precision and quantized networks
-_SQUASH = ("Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "ArgMax", "ArgMin", "Cast", "Reshape", "Flatten", "Identity")
+_SQUASH = (
+    "Softmax",
+    "LogSoftmax",
+    "Sigmoid",
+    "HardSigmoid",
+    "ArgMax",
+    "ArgMin",
+    "Cast",
+    "Reshape",
+    "Flatten",
+    "Identity",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,12 @@ class Verified:
 
 
 def verify(
-    space: ChannelSpace, plan: Plan, pruned: Model, feeds: Mapping[str, npt.NDArray[Any]] | None = None, *, seed: int = 0
+    space: ChannelSpace,
+    plan: Plan,
+    pruned: Model,
+    feeds: Mapping[str, npt.NDArray[Any]] | None = None,
+    *,
+    seed: int = 0,
 ) -> Verified:
     """Compare the pruned model with the masked original on real or random inputs.
 
@@ -57,7 +73,9 @@ def verify(
     worst_abs = worst_rel = 0.0
     for name, a, b in zip(names, want, got, strict=True):
         if a.shape != b.shape:
-            raise InternalError(f"Output '{name}' changed its shape from {a.shape} to {b.shape}. Please report the model.")
+            raise InternalError(
+                f"Output '{name}' changed its shape from {a.shape} to {b.shape}. Please report the model."
+            )
         if not np.issubdtype(a.dtype, np.floating) and a.dtype != np.dtype("bfloat16" if False else a.dtype):
             continue
         x, y = a.astype(np.float64), b.astype(np.float64)
