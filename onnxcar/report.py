@@ -148,16 +148,28 @@ def ranges(indices: Iterable[int]) -> str:
     return ", ".join([*shown, "..."] if len(runs) > 8 else shown)
 
 
-def group_table(result: Json) -> Table:
+def group_table(result: Json) -> str:
     """Groups of ``inspect --groups``, with all members."""
-    table = _table("group", "filters that leave together", "params", "MACs", left=2)
+    rows = []
     for group in result["groups"]:
         members: dict[str, list[int]] = {}
         for weight, index in group["filters"]:
             members.setdefault(weight, []).append(index)
         text = "  ".join(f"{weight}[{ranges(ids)}]" for weight, ids in members.items())
-        table.add_row(group["group"], text, count(group["params"]), count(group["macs"]))
-    return table
+        rows.append((group["group"], count(group["params"]), count(group["macs"]), text))
+    return _listing(("group", "params", "MACs", "filters that leave together"), rows, right=(1, 2))
+
+
+def _listing(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Thousands of rows as aligned lines, never folded; a rich table takes milliseconds a row."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("   ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def evaluation_table(result: Json) -> Table:
@@ -178,25 +190,36 @@ def per_class_table(result: Json) -> Table:
     return table
 
 
-def score_table(result: Json, limit: int | None = None) -> Table:
-    """Groups by rising importance: what goes first stands first."""
+def score_table(result: Json, limit: int | None = None) -> str:
+    """Groups by rising importance: what goes first stands first.
+
+    Args:
+        result: What ``score`` found.
+        limit: Show the two ends of a longer list only.
+    """
     by_class = any(group["per_class"] for group in result["groups"])
-    columns = ("group", "importance", "stderr", "correct", "MACs", "params", "filters")
-    table = _table(*columns, *(("needed most by",) if by_class else ()))
-    rows = sorted(result["groups"], key=lambda g: g["importance"])
-    shown = rows if limit is None or len(rows) <= limit else [*rows[: limit // 2], None, *rows[-(limit // 2) :]]
-    for group in shown:
-        if group is None:
-            table.add_row(f"... {len(rows) - len(shown) + 1} more")
-            continue
-        correct = "-" if group["correct"] is None else str(group["correct"])
-        form = ".5g" if correct == "-" else "+.4f"
-        importance = "-" if group["importance"] is None else f"{group['importance']:{form}}"
-        n = len(group["filters"])
-        error = "-" if group["stderr"] is None else f"{group['stderr']:.4f}"
-        cells = [group["group"], importance, error, correct, count(group["macs"]), count(group["params"]), str(n)]
-        table.add_row(*cells, *([_neediest(group["per_class"])] if by_class else []))
-    return table
+    header = ["group", "importance", "stderr", "correct", "MACs", "params", "filters"]
+    header += ["needed most by"] if by_class else []
+    groups = sorted(result["groups"], key=lambda g: g["importance"])
+    rows = [_score_row(group, by_class) for group in groups]
+    if limit is not None and len(rows) > limit:
+        gap = [f"... {len(rows) - limit} more", *[""] * (len(header) - 1)]
+        rows = [*rows[: limit // 2], gap, *rows[len(rows) - limit // 2 :]]
+    return _listing(header, rows, right=range(1, 7))
+
+
+def _score_row(group: Json, by_class: bool) -> list[str]:
+    counted = group["correct"] is not None
+    return [
+        group["group"],
+        f"{group['importance']:{'+.4f' if counted else '.5g'}}",
+        "-" if group["stderr"] is None else f"{group['stderr']:.4f}",
+        str(group["correct"]) if counted else "-",
+        count(group["macs"]),
+        count(group["params"]),
+        str(len(group["filters"])),
+        *([_neediest(group["per_class"])] if by_class else []),
+    ]
 
 
 def _neediest(per_class: Mapping[str, float] | None) -> str:

@@ -38,14 +38,17 @@ class Terminal:
     def data(self, *parts: RenderableType) -> None:
         """Tables and lines that are the command's result; a line may head the table after it."""
         console = self.out
-        with console.capture() as shown:
-            for i, part in enumerate(parts):
-                if i and not isinstance(parts[i - 1], str):
-                    console.print()
-                console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
-        # Tables pad their lines to one length; who copies or greps them wants no blanks at the end.
-        for line in shown.get().splitlines():
-            sys.stdout.write(f"{line.rstrip()}\n")
+        for i, part in enumerate(parts):
+            if i and not isinstance(parts[i - 1], str):
+                sys.stdout.write("\n")
+            if isinstance(part, str):
+                sys.stdout.write(f"{part}\n")
+                continue
+            with console.capture() as shown:
+                console.print(part)
+            # Tables pad their lines to one length; who copies or greps them wants no blanks at the end.
+            for line in shown.get().splitlines():
+                sys.stdout.write(f"{line.rstrip()}\n")
         if console.is_terminal and not self.quiet:
             sys.stdout.write("\n")  # advice follows
         sys.stdout.flush()
