@@ -179,6 +179,7 @@ def walk(
     *,
     stop: Stop,
     keep: Keep,
+    whole: Sequence[Field] = (),
     per_step: int = 1,
     journal: Journal | None = None,
     progress: Report | None = None,
@@ -192,12 +193,16 @@ def walk(
         chooser: Ranks and scores.
         stop: When to end; at least one rule.
         keep: What layers keep.
+        whole: For a pruning ratio per layer: every selected layer with all groups that touch it. While one layer is
+            worked on, no group is taken that would push another one past its ratio, as long as there are others; in
+            the end every layer that is still short of the ratio, its groups counting for earlier ones, is filled up.
         per_step: Groups removed before the candidates are scored again.
         journal: Answers of an interrupted run, and where new ones go.
         progress: Told after every step.
         started: `time.monotonic()` from which the time limit counts, default now.
     """
     loop = _Loop(space, search_fields, chooser, stop, keep, per_step, journal or Journal(None, {}), progress)
+    loop.whole = tuple(whole) if stop.ratio is not None else ()
     return loop.run(time.monotonic() if started is None else started)
 
 
@@ -234,6 +239,7 @@ class _Loop:
     ) -> None:
         self.space, self.fields, self.chooser, self.stop, self.keep = space, search_fields, chooser, stop, keep
         self.per_step, self.journal, self.progress = per_step, journal, progress
+        self.whole: tuple[Field, ...] = ()
         self.original = space.cost(())
         self.steps: list[Step] = []
         self.back: list[Step] = []
@@ -248,7 +254,9 @@ class _Loop:
             self.deadline = started + self.stop.time_limit
         base = self.mark(frozenset())
         stopped = "nothing left"
-        for number, field in enumerate(self.fields):
+        for number, field in enumerate((*self.fields, *self.whole)):
+            if number >= len(self.fields) and self.short(field, self.removed) <= 0:
+                continue
             stopped = self.exhaust(field, sum(self.estimate(later) for later in self.fields[number + 1 :]))
             self.settle(field.layers)
             self.close()
@@ -266,21 +274,21 @@ class _Loop:
 
     def exhaust(self, field: Field, later: int) -> str:
         """Remove groups of one field until a rule bites; its name."""
-        gone = 0
-        wanted = None if self.stop.ratio is None else field.wanted(self.stop.ratio)
         while True:
             if (rule := self.bitten()) is not None:
                 return rule
-            if wanted is not None and gone >= wanted:
-                return "ratio"
             removed = self.removed
+            missing = None if self.stop.ratio is None else self.short(field, removed)
+            if missing is not None and missing <= 0:
+                return "ratio"
             candidates = self.keep.allowed(field.groups, removed)
             if not candidates:
                 return "nothing left"
-            self.tell(field, later, len(candidates), None if wanted is None else wanted - gone)
-            k = self.per_step if wanted is None else min(self.per_step, wanted - gone)
+            candidates = self.within(field, candidates, removed) or candidates
+            self.tell(field, later, len(candidates), missing)
+            k = self.per_step if missing is None else min(self.per_step, missing)
             choices = self.lowest(removed, candidates, min(k, len(candidates)))
-            taken = self.compatible(choices, removed, field, None if wanted is None else wanted - gone)
+            taken = self.compatible(choices, removed, field, missing)
             after = removed | {choice.group for choice in taken}
             mark = self.mark_after(taken, after)
             if self.stop.max_drop is not None and (mark is None or mark.drop > self.stop.max_drop + TINY):
@@ -289,7 +297,23 @@ class _Loop:
             cost = self.space.cost(after)
             self.steps += [Step(self.n_steps, c.group, c.importance, mark, cost) for c in taken]
             self.done += self.chooser.work(len(candidates))
-            gone += sum(field.counts[choice.group] for choice in taken)
+
+    def short(self, field: Field, removed: Collection[int]) -> int:
+        """Filters of a field that are still to go for the ratio."""
+        assert self.stop.ratio is not None
+        return field.wanted(self.stop.ratio) - sum(field.counts.get(group, 0) for group in removed)
+
+    def within(self, field: Field, candidates: Sequence[int], removed: Collection[int]) -> list[int]:
+        """Candidates that push no other layer past its ratio."""
+        if not self.whole:
+            return list(candidates)
+        shared = set(candidates)
+        full: set[int] = set()
+        for other in self.whole:
+            if other.layers != field.layers and not shared.isdisjoint(other.counts):
+                room = self.short(other, removed)
+                full.update(group for group in other.counts if group in shared and other.counts[group] > room)
+        return [group for group in candidates if group not in full]
 
     def bitten(self) -> str | None:
         """The rule that ends the whole search here, if any; targets are held against what would be shipped."""

@@ -145,6 +145,21 @@ def fields(space: ChannelSpace, selected: Sequence[Layer], exclude: Sequence[str
     return tuple(out)
 
 
+def whole_layers(space: ChannelSpace, selected: Sequence[Layer], exclude: Sequence[str]) -> tuple[Field, ...]:
+    """For each selected layer all groups that take filters of it, those that count for an earlier layer too.
+
+    What a pruning ratio means for a layer: `fields` says where a group competes, this says whom it touches.
+    """
+    searched = {g for field in fields(space, selected, exclude, "layer") for g in field.groups}
+    out = []
+    for layer in selected:
+        ids, numbers = np.unique(layer.groups[layer.groups >= 0], return_counts=True)
+        counts = {g: n for g, n in zip(ids.tolist(), numbers.tolist(), strict=True) if g in searched}
+        if counts:
+            out.append(Field(layer.node, tuple(counts), layer.filters, counts, (layer.index,)))
+    return tuple(out)
+
+
 @dataclass(frozen=True, eq=False)
 class Keep:
     """What every layer keeps: at least `min_filters`, and a count that is a multiple of `multiple_of`.

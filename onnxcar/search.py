@@ -29,7 +29,7 @@ from onnxcar.model import Model, check_output, save
 from onnxcar.progress import Report
 from onnxcar.rules import analyze
 from onnxcar.runtime import resolve_provider
-from onnxcar.scope import Keep, fields, select_layers, vector_width
+from onnxcar.scope import Keep, fields, select_layers, vector_width, whole_layers
 from onnxcar.scoring import Score, Scorer, evaluate
 from onnxcar.surgery import Plan
 
@@ -161,7 +161,8 @@ def prune(
         arguments = {"plan": str(plan) if isinstance(plan, str | Path) else "given", "norms": norms}
         chosen = Plan.from_json(space, read_plan(plan))
     else:
-        searched = fields(space, select_layers(space, layers, exclude, dense=dense), exclude, scope)
+        selected = select_layers(space, layers, exclude, dense=dense)
+        searched = fields(space, selected, exclude, scope)
         context = Context(data, scorer, seed=seed, provider=run_on.provider, threads=threads)
         header = _header(model, data, row.name, metric, run_on.provider, arguments | {"width": multiple})
         with Journal(journal, header) as log:
@@ -171,6 +172,7 @@ def prune(
                 chooser(space, row, context, scope),
                 stop=rule,
                 keep=keep,
+                whole=whole_layers(space, selected, exclude) if scope == "layer" else (),
                 per_step=per_step,
                 journal=log,
                 progress=progress,
