@@ -62,8 +62,10 @@ def command(base: Path, candidates: tuple[Path, ...], **params: Any) -> None:
     onnxcar compare model.onnx model.pruned.onnx --data test --preprocess imagenet --max-drop 0.01
     """  # noqa: D301 - click reads \b
     from onnxcar import report
+    from onnxcar.cli.watch import Watched
     from onnxcar.compare import Gates, compare
     from onnxcar.model import load
+    from onnxcar.progress import open_meter
 
     for path in (base, *candidates):
         check_model(path)
@@ -79,20 +81,21 @@ def command(base: Path, candidates: tuple[Path, ...], **params: Any) -> None:
     provider = open_provider(params)
     first = next(iter(models.values()))
     data = None if params["data"] is None else open_data(params, first)
-    found = compare(
-        models,
-        data,
-        metric=params["metric"],
-        gates=gates,
-        provider=provider.name,
-        threads=params["threads"],
-        batch_size=params["batch_size"],
-        memory_bytes=params["memory"],
-        runs=params["runs"],
-    )
+    here = terminal()
+    with open_meter(here.err, "comparing", "samples", quiet=here.quiet) as meter:
+        found = compare(
+            models,
+            None if data is None else Watched(data, meter, len(models)),
+            metric=params["metric"],
+            gates=gates,
+            provider=provider.name,
+            threads=params["threads"],
+            batch_size=params["batch_size"],
+            memory_bytes=params["memory"],
+            runs=params["runs"],
+        )
     result = {**header("compare"), **_context(params, provider.name, data), **found.to_dict()}
     write_json(result, json_to)
-    here = terminal()
     if json_to != "-":
         here.data(*report.comparison_tables(result))
     _advise(found, gates)

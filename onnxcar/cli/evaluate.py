@@ -18,7 +18,7 @@ from onnxcar.cli.options import (
     runtime_options,
 )
 from onnxcar.cli.work import check_model, header, json_target, need_data, open_data, open_provider, terminal, write_json
-from onnxcar.progress import duration
+from onnxcar.progress import duration, open_meter
 
 if TYPE_CHECKING:
     from onnxcar.data import Dataset
@@ -40,6 +40,7 @@ def command(per_class: bool, **params: Any) -> None:
     onnxcar evaluate model.onnx --data images --preprocess imagenet
     """  # noqa: D301 - click reads \b
     from onnxcar import record, report
+    from onnxcar.cli.watch import Watched
     from onnxcar.compare import rows
     from onnxcar.model import load
     from onnxcar.rules import analyze
@@ -52,16 +53,18 @@ def command(per_class: bool, **params: Any) -> None:
     model = load(params["model"])
     provider = open_provider(params)
     data = open_data(params, model)
+    here = terminal()
     started = time.monotonic()
-    score = evaluate(
-        model,
-        data,
-        metric=params["metric"],
-        provider=provider.name,
-        threads=params["threads"],
-        batch_size=params["batch_size"],
-        memory_bytes=params["memory"],
-    )
+    with open_meter(here.err, "evaluating", "samples", quiet=here.quiet) as meter:
+        score = evaluate(
+            model,
+            Watched(data, meter),
+            metric=params["metric"],
+            provider=provider.name,
+            threads=params["threads"],
+            batch_size=params["batch_size"],
+            memory_bytes=params["memory"],
+        )
     seconds = time.monotonic() - started
     result = {
         **header("evaluate"),
@@ -79,7 +82,6 @@ def command(per_class: bool, **params: Any) -> None:
     write_json(result, json_to)
     if json_to == "-":
         return
-    here = terminal()
     here.data(f"{params['model']} on {score.samples} samples of {data.path}", report.evaluation_table(result))
     if per_class and result["per_class"]:
         here.data(report.per_class_table(result))
