@@ -137,7 +137,8 @@ def _write_slice(
     for i, (axis, picked) in enumerate(gathers.items()):
         target = final if i == len(gathers) - 1 else b.fresh(final)
         name = b.tensors.constant(np.asarray(picked, np.int64), f"{final}_indices")
-        made.append(helper.make_node("Gather", [value, name], [target], node.name or "", axis=axis))
+        own = node.name if not made else b.fresh(node.name or target)  # one node keeps the name
+        made.append(helper.make_node("Gather", [value, name], [target], own, axis=axis))
         value = target
     for n in made:
         n.doc_string = node.doc_string
