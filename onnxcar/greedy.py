@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from onnxcar.channels import ChannelSpace, Cost
 from onnxcar.errors import PlanError
 from onnxcar.journal import Journal
@@ -240,9 +242,11 @@ class _Loop:
         self.space, self.fields, self.chooser, self.stop, self.keep = space, search_fields, chooser, stop, keep
         self.per_step, self.journal, self.progress = per_step, journal, progress
         self.whole: tuple[Field, ...] = ()
+        self.sharing: dict[tuple[int, ...], list[Field]] = {}  # of `whole`, those with groups of a field
         self.original = space.cost(())
         self.steps: list[Step] = []
         self.back: list[Step] = []
+        self.removed: frozenset[int] = frozenset()  # groups of `steps`
         self.n_steps = 0
         self.marks: dict[frozenset[int], Mark | None] = {}
         self.done = 0
@@ -254,12 +258,15 @@ class _Loop:
             self.deadline = started + self.stop.time_limit
         base = self.mark(frozenset())
         stopped = "nothing left"
+        dropped: set[tuple[int, ...]] = set()  # layers that max_drop ended: filling them up would break it again
         for number, field in enumerate((*self.fields, *self.whole)):
-            if number >= len(self.fields) and self.short(field, self.removed) <= 0:
+            if number >= len(self.fields) and (field.layers in dropped or self.short(field) <= 0):
                 continue
             stopped = self.exhaust(field, sum(self.estimate(later) for later in self.fields[number + 1 :]))
             self.settle(field.layers)
             self.close()
+            if stopped == "max_drop":
+                dropped.add(field.layers)
             if stopped in ("steps", "target_macs", "target_params", "time_limit"):
                 break
         self.settle(self.keep.all_layers())
@@ -268,23 +275,20 @@ class _Loop:
         self.close()
         return Path(tuple(self.steps), _sorted(self.back), base, stopped)
 
-    @property
-    def removed(self) -> frozenset[int]:
-        return frozenset(step.group for step in self.steps)
-
     def exhaust(self, field: Field, later: int) -> str:
         """Remove groups of one field until a rule bites; its name."""
         while True:
             if (rule := self.bitten()) is not None:
                 return rule
             removed = self.removed
-            missing = None if self.stop.ratio is None else self.short(field, removed)
+            missing = None if self.stop.ratio is None else self.short(field)
             if missing is not None and missing <= 0:
                 return "ratio"
-            candidates = self.keep.allowed(field.groups, removed)
+            given_back = {step.group for step in self.back}
+            candidates = [g for g in self.keep.allowed(field.groups, removed) if g not in given_back]
             if not candidates:
                 return "nothing left"
-            candidates = self.within(field, candidates, removed) or candidates
+            candidates = self.within(field, candidates) or candidates
             self.tell(field, later, len(candidates), missing)
             k = self.per_step if missing is None else min(self.per_step, missing)
             choices = self.lowest(removed, candidates, min(k, len(candidates)))
@@ -296,23 +300,25 @@ class _Loop:
             self.n_steps += 1
             cost = self.space.cost(after)
             self.steps += [Step(self.n_steps, c.group, c.importance, mark, cost) for c in taken]
+            self.removed = after
             self.done += self.chooser.work(len(candidates))
 
-    def short(self, field: Field, removed: Collection[int]) -> int:
-        """Filters of a field that are still to go for the ratio."""
+    def short(self, field: Field) -> int:
+        """Filters of a field that are still to go for the ratio; what was given back is not asked for again."""
         assert self.stop.ratio is not None
-        return field.wanted(self.stop.ratio) - sum(field.counts.get(group, 0) for group in removed)
+        gone = (field.touching & self.removed) | (field.touching & {step.group for step in self.back})
+        return field.wanted(self.stop.ratio) - sum(field.counts[group] for group in gone)
 
-    def within(self, field: Field, candidates: Sequence[int], removed: Collection[int]) -> list[int]:
+    def within(self, field: Field, candidates: Sequence[int]) -> list[int]:
         """Candidates that push no other layer past its ratio."""
-        if not self.whole:
-            return list(candidates)
-        shared = set(candidates)
+        if field.layers not in self.sharing:
+            own = frozenset(field.groups)
+            others = [other for other in self.whole if other.layers != field.layers and other.touching & own]
+            self.sharing[field.layers] = others
         full: set[int] = set()
-        for other in self.whole:
-            if other.layers != field.layers and not shared.isdisjoint(other.counts):
-                room = self.short(other, removed)
-                full.update(group for group in other.counts if group in shared and other.counts[group] > room)
+        for other in self.sharing[field.layers]:
+            room = self.short(other)
+            full.update(group for group in candidates if other.counts.get(group, 0) > room)
         return [group for group in candidates if group not in full]
 
     def bitten(self) -> str | None:
@@ -358,12 +364,13 @@ class _Loop:
     def give_back(self, groups: Collection[int]) -> None:
         self.back += [step for step in self.steps if step.group in groups]
         self.steps = [step for step in self.steps if step.group not in groups]
+        self.removed = self.removed.difference(groups)
 
     def close(self) -> None:
         """Score and cost where a field ends; giving back may have torn a step apart, and not every step is scored."""
         if self.steps:
-            removed = self.removed
-            self.steps[-1] = replace(self.steps[-1], mark=self.mark(removed), cost=self.space.cost(removed))
+            mark, cost = self.mark(self.removed), self.space.cost(self.removed)
+            self.steps[-1] = replace(self.steps[-1], mark=mark, cost=cost)
 
     # --- the two questions ----------------------------------------------------------------------------------------
 
@@ -415,7 +422,7 @@ class _Loop:
 
 def _crc(removed: Collection[int]) -> int:
     """Fingerprint of a set of groups, so that a journal cannot answer for another."""
-    return zlib.crc32(",".join(map(str, sorted(removed))).encode())
+    return zlib.crc32(np.sort(np.fromiter(removed, "<i8", len(removed))).tobytes())
 
 
 def _mark_to_json(mark: Mark | None) -> list[Any] | None:

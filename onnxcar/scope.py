@@ -100,7 +100,7 @@ class Field:
         name: Node name of the layer, or "global".
         groups: Their ids, ascending.
         filters: How many filters its layers have, protected ones too: what a pruning ratio is a fraction of.
-        counts: Group id -> how many of those filters it takes.
+        counts: Group id -> how many of those filters it takes; groups that count for an earlier layer, too.
         layers: Indices of its layers.
     """
 
@@ -109,6 +109,11 @@ class Field:
     filters: int
     counts: dict[int, int]
     layers: tuple[int, ...]
+
+    @cached_property
+    def touching(self) -> frozenset[int]:
+        """Groups that take filters of its layers, whether or not they compete here."""
+        return frozenset(self.counts)
 
     def wanted(self, ratio: float) -> int:
         """Smallest number of filters that is at least `ratio` of all; 1e-9 absorbs the rounding of the product."""
@@ -140,7 +145,7 @@ def fields(space: ChannelSpace, selected: Sequence[Layer], exclude: Sequence[str
     for layer in selected:
         own = tuple(sorted(group for group, index in owner.items() if index == layer.index))
         if own:
-            here = {group: counts[group][layer.index] for group in own}
+            here = {group: found[layer.index] for group, found in counts.items() if layer.index in found}
             out.append(Field(layer.node, own, layer.filters, here, (layer.index,)))
     return tuple(out)
 
@@ -248,7 +253,6 @@ def vector_width(provider: str) -> int:
     if platform.machine().lower() in ("arm64", "aarch64"):
         return NARROWEST  # NEON: four floats
     config: Any = np.show_config(mode="dicts")
-    found = {name for names in config.get("SIMD Extensions", {}).values() for name in names}
-    absent = set(config.get("SIMD Extensions", {}).get("not found", ()))
-    wide = {"AVX512F", "AVX512_SKX", "X86_V4"}  # numpy renamed its feature groups in 2.4
-    return 16 if wide & (found - absent) else 8
+    features = config.get("SIMD Extensions", {})
+    there = {*features.get("baseline", ()), *features.get("found", ())}
+    return 16 if there & {"AVX512F", "AVX512_SKX", "X86_V4"} else 8  # numpy renamed its groups in 2.4
