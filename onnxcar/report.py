@@ -110,8 +110,8 @@ def layer_table(result: Json) -> Table:
     table.add_row(
         "total",
         "",
-        str(total["all"]),
-        str(total["prunable"]),
+        str(sum(layer["filters"] for layer in result["layers"])),
+        str(sum(layer["prunable"] for layer in result["layers"])),
         str(total["groups"]),
         count(result["model"]["params"]),
         count(result["model"]["macs"]),
@@ -235,7 +235,7 @@ def prune_tables(record: Json, layers: Sequence[Json]) -> list[Table]:
 
     Args:
         record: The record of the run.
-        layers: ``node``, ``before`` and ``after`` (filters) of each layer that has filters.
+        layers: ``node``, ``kind``, ``before`` and ``after`` (filters) of each layer that has filters.
     """
     cut = [layer for layer in layers if layer["after"] != layer["before"]]
     tables = []
@@ -247,8 +247,11 @@ def prune_tables(record: Json, layers: Sequence[Json]) -> list[Table]:
         tables.append(table)
     table = _table("", "original", "pruned", "change")
     old, new = record["model"], record["result"]
-    filters = sum(layer["before"] for layer in layers), sum(layer["after"] for layer in layers)
-    table.add_row("filters", str(filters[0]), str(filters[1]), percent_change(*filters))
+    for name, dense in (("filters", False), ("dense units", True)):
+        counted = [layer for layer in layers if (layer["kind"] == "dense") is dense]
+        before, after = sum(layer["before"] for layer in counted), sum(layer["after"] for layer in counted)
+        if before and (before != after or not dense):
+            table.add_row(name, str(before), str(after), percent_change(before, after))
     for name, key, form in (("params", "params", count), ("MACs", "macs", count), ("file", "bytes", size)):
         table.add_row(name, form(old[key]), form(new[key]), percent_change(old[key], new[key]))
     on_data = "data (optimistic)" if record["optimistic"] else "data"
@@ -347,7 +350,7 @@ def _class_tables(result: Json) -> list[Table | str]:
     return tables
 
 
-def doctor_tables(result: Json) -> list[Table | str]:
+def doctor_tables(result: Json) -> list[Table | Text]:
     """What ``doctor`` found, and what to do."""
     table = _table("", "", left=2)
     table.show_header = False
@@ -367,5 +370,5 @@ def doctor_tables(result: Json) -> list[Table | str]:
     for name, where in result["cuda_libraries"].items():
         table.add_row(name, where or Text("missing", style="yellow"))
     if not result["advice"]:
-        return [table, "All is well."]
-    return [table, "To do:\n" + "\n".join(f"- {line}" for line in result["advice"])]
+        return [table, Text("All is well.")]
+    return [table, Text("To do:\n" + "\n".join(f"- {line}" for line in result["advice"]))]

@@ -363,7 +363,12 @@ def test_inspect_lists_layers_and_reasons(folder):
     assert sum(x["params"] for x in found["layers"]) == found["model"]["params"] == 467
     assert found["protected"][0]["layer"] == "fc"
     assert len(found["groups"]) == 11
-    for text in ("conv1", "11 of 15 filters can go (73.3%), in 11 groups.", "output of the network", "conv2_w[4]"):
+    for text in (
+        "conv1",
+        "11 of 11 filters (100.0%) and 0 of 4 units of dense layers can go, in 11 groups.",
+        "output of the network",
+        "conv2_w[4]",
+    ):
         assert text in result.stdout
 
 
@@ -467,6 +472,27 @@ def test_gates_decide_the_exit_code_and_are_named(pair, gate, met):
     assert ("Gate not met" in result.stderr) is not met
     assert met or gate[0] in result.stderr
     assert gate[0].lstrip("-") in result.stdout
+
+
+def test_numbers_are_reported_on_test_data_where_there_are_any(pair):
+    (pair / "onnxcar.toml").write_text('[data]\ndata = "val.npz"\ntest_data = "test.npz"\nlimit = 20\n')
+    for command in (["evaluate", "m.onnx"], ["compare", "m.onnx", "p.onnx", "--runs", "0"]):
+        found = json.loads(run(*command, "--json", "-").stdout)
+        assert (found["data"]["samples"], found["optimistic"]) == (40, False)
+        limited = json.loads(run(*command, "--json", "-", "--limit", "12").stdout)
+        assert limited["data"]["samples"] == 12
+    (pair / "onnxcar.toml").unlink()
+    result = run("compare", "m.onnx", "p.onnx", "--runs", "0", "--data", "val.npz", "--json", "c.json")
+    assert json.loads((pair / "c.json").read_text())["optimistic"] is True
+    assert "optimistic" in result.stderr
+
+
+def test_a_plan_that_costs_more_than_max_drop_is_exit_3(pair):
+    args = ["prune", "m.onnx", "--plan", "p.json", "-o", "q.onnx", "--data", "val.npz"]
+    assert run(*args, "--max-drop", "1").exit_code == 0
+    result = run(*args, "--max-drop", "0.01", "--force")
+    assert result.exit_code == 3, result.output
+    assert "Gate not met: top1 on --data is" in result.stderr
 
 
 def test_compare_without_data_compares_size_and_latency(pair):

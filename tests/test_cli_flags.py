@@ -23,9 +23,9 @@ PRUNE += " --target-latency --guarantee --time-limit --steps --per-step --layers
 PRUNE += " --recover --norms --classes --plan --dry-run --journal --report --verify --no-verify"
 INTERFACE = {
     "prune": f"{DATA} {PRUNE}",
-    "evaluate": DATA,
+    "evaluate": f"{DATA} --test-data",
     "score": f"{DATA} --criterion --by-class",
-    "compare": f"{DATA} --max-drop --min-score --max-latency-ratio",
+    "compare": f"{DATA} --test-data --max-drop --min-score --max-latency-ratio",
     "inspect": "--json --groups --norms --config --quiet --traceback",
     "doctor": "--json --quiet --traceback",
 }

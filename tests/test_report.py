@@ -32,7 +32,10 @@ RECORD = {
 
 
 def test_prune_tables_show_cut_layers_only_and_the_totals_of_all():
-    layers = [{"node": "conv1", "before": 16, "after": 8}, {"node": "conv2", "before": 16, "after": 16}]
+    layers = [
+        {"node": "conv1", "kind": "conv", "before": 16, "after": 8},
+        {"node": "conv2", "kind": "conv", "before": 16, "after": 16},
+    ]
     text = shown(*report.prune_tables(RECORD, layers))
     assert "conv1" in text
     assert "8 (50%)" in text
@@ -53,14 +56,14 @@ def test_test_data_is_a_row_of_its_own_and_nothing_is_optimistic():
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_no_line_is_wider_than_the_terminal(width):
     name = "/backbone/layer3/layer3.1/very/long/name/of/a/node/conv1/Conv"
-    layers = [{"node": name, "before": 16, "after": 8}]
+    layers = [{"node": name, "kind": "conv", "before": 16, "after": 8}]
     text = shown(*report.prune_tables(RECORD, layers), width=width)
     assert max(map(len, text.splitlines())) <= width
     assert name.replace("/", "") in "".join(line.split("  ")[0].strip() for line in text.splitlines()).replace("/", "")
 
 
 def test_tables_survive_a_terminal_without_unicode():
-    layers = [{"node": "conv1", "before": 16, "after": 8}]
+    layers = [{"node": "conv1", "kind": "conv", "before": 16, "after": 8}]
     assert "conv1" in shown(*report.prune_tables(RECORD, layers), encoding="ascii")
 
 

@@ -54,7 +54,7 @@ def app() -> None:
     \b
     onnxcar inspect model.onnx
     onnxcar prune model.onnx --data images --preprocess imagenet --max-drop 0.01
-    onnxcar compare model.onnx model.pruned.onnx --data test --preprocess imagenet
+    onnxcar compare model.onnx model.pruned.onnx --test-data test --preprocess imagenet
 
     Exit codes: 0 done, 1 refused, 2 usage, 3 gate not met, 130 interrupted.
     """  # noqa: D301 - click reads \b

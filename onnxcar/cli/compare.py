@@ -10,12 +10,29 @@ import click
 from onnxcar.cli.border import GateNotMetError
 from onnxcar.cli.command import Command
 from onnxcar.cli.later import later_options
-from onnxcar.cli.options import data_options, general_options, json_option, metric_option, option, runtime_options
+from onnxcar.cli.options import (
+    data_options,
+    general_options,
+    json_option,
+    metric_option,
+    option,
+    runtime_options,
+    test_data_option,
+)
 from onnxcar.cli.types import NUMBER, Count, Fraction
-from onnxcar.cli.work import check_model, header, json_target, need_data, open_data, open_provider, terminal, write_json
+from onnxcar.cli.work import (
+    check_model,
+    header,
+    json_target,
+    need_data,
+    open_provider,
+    open_reported,
+    terminal,
+    write_json,
+)
 
 if TYPE_CHECKING:
-    from onnxcar.compare import Comparison, Gates
+    from onnxcar.comparison import Comparison, Gates
 
 _GATES = "Gates (exit 3 where a candidate does not meet one)"
 
@@ -40,6 +57,10 @@ _GATES = "Gates (exit 3 where a candidate does not meet one)"
     metavar="R",
     help="Candidate's latency over the base's may be R.",
 )
+@data_options
+@test_data_option
+@metric_option
+@json_option
 @option(
     "--runs",
     section="Running",
@@ -47,23 +68,20 @@ _GATES = "Gates (exit 3 where a candidate does not meet one)"
     metavar="N",
     help="Timed rounds at batch 1; 0: no latency.  [default: some seconds]",
 )
-@json_option
-@data_options
-@metric_option
 @runtime_options
 @later_options("compare")
 @general_options
 def command(base: Path, candidates: tuple[Path, ...], **params: Any) -> None:
     """Accuracy, agreement, per-class change, size, MACs and latency of each CANDIDATE against BASE.
 
-    Without --data only size and latency are compared.
+    Scores are on --test-data, else on --data; without either only size and latency are compared.
 
     \b
-    onnxcar compare model.onnx model.pruned.onnx --data test --preprocess imagenet --max-drop 0.01
+    onnxcar compare model.onnx model.pruned.onnx --test-data test --preprocess imagenet --max-drop 0.01
     """  # noqa: D301 - click reads \b
     from onnxcar import report
     from onnxcar.cli.watch import Watched
-    from onnxcar.compare import Gates, compare
+    from onnxcar.comparison import Gates, compare
     from onnxcar.model import load
     from onnxcar.progress import open_meter
 
@@ -80,7 +98,7 @@ def command(base: Path, candidates: tuple[Path, ...], **params: Any) -> None:
     models = {name: load(path) for name, path in zip(_names(paths), paths, strict=True)}
     provider = open_provider(params)
     first = next(iter(models.values()))
-    data = None if params["data"] is None else open_data(params, first)
+    data = open_reported(params, first)
     here = terminal()
     with open_meter(here.err, "comparing", "samples", quiet=here.quiet) as meter:
         found = compare(
@@ -98,6 +116,8 @@ def command(base: Path, candidates: tuple[Path, ...], **params: Any) -> None:
     write_json(result, json_to)
     if json_to != "-":
         here.data(*report.comparison_tables(result))
+    if result["optimistic"]:
+        here.note("Scores are on --data: optimistic if filters were chosen on it. Give --test-data for honest ones.")
     _advise(found, gates)
     missed = [gate for gate in found.gates if not gate.met]
     if missed:
@@ -108,7 +128,8 @@ def _context(params: dict[str, Any], provider: str, data: Any) -> dict[str, Any]
     from onnxcar import record
     from onnxcar.runtime import n_cores
 
-    return {"data": record.data_entry(data), "provider": provider, "threads": params["threads"] or n_cores()}
+    known = {"data": record.data_entry(data), "optimistic": data is not None and params["test_data"] is None}
+    return {**known, "provider": provider, "threads": params["threads"] or n_cores()}
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -16,8 +16,18 @@ from onnxcar.cli.options import (
     model_argument,
     option,
     runtime_options,
+    test_data_option,
 )
-from onnxcar.cli.work import check_model, header, json_target, need_data, open_data, open_provider, terminal, write_json
+from onnxcar.cli.work import (
+    check_model,
+    header,
+    json_target,
+    need_data,
+    open_provider,
+    open_reported,
+    terminal,
+    write_json,
+)
 from onnxcar.progress import duration, open_meter
 
 if TYPE_CHECKING:
@@ -27,10 +37,11 @@ if TYPE_CHECKING:
 
 @click.command("evaluate", cls=Command, short_help="The metrics of one model on a data set.")
 @model_argument
+@data_options
+@test_data_option
+@metric_option
 @option("--per-class", section="Output", is_flag=True, help="List every class.")
 @json_option
-@data_options
-@metric_option
 @runtime_options
 @general_options
 def command(per_class: bool, **params: Any) -> None:
@@ -41,7 +52,7 @@ def command(per_class: bool, **params: Any) -> None:
     """  # noqa: D301 - click reads \b
     from onnxcar import record, report
     from onnxcar.cli.watch import Watched
-    from onnxcar.compare import rows
+    from onnxcar.comparison import rows
     from onnxcar.model import load
     from onnxcar.rules import analyze
     from onnxcar.scoring import evaluate
@@ -52,7 +63,8 @@ def command(per_class: bool, **params: Any) -> None:
     need_data(params, "evaluate")
     model = load(params["model"])
     provider = open_provider(params)
-    data = open_data(params, model)
+    data = open_reported(params, model)
+    assert data is not None
     here = terminal()
     started = time.monotonic()
     with open_meter(here.err, "evaluating", "samples", quiet=here.quiet) as meter:
@@ -70,6 +82,7 @@ def command(per_class: bool, **params: Any) -> None:
         **header("evaluate"),
         "model": record.model_entry(model.path, model.sha256, analyze(model).cost(), model.n_bytes),
         "data": record.data_entry(data),
+        "optimistic": params["test_data"] is None,
         "metric": score.metric,
         "provider": provider.name,
         "seconds": round(seconds, 3),

@@ -51,10 +51,8 @@ def command(model: Path, groups: bool, norms: str, **params: Any) -> None:
         out.data(f"Ops without a rule; what enters them is protected: {names}")
     if groups:
         out.data(report.group_table(result))
-    total = result["filters"]
-    share = total["prunable"] / total["all"] if total["all"] else 0.0
-    out.data(f"{total['prunable']} of {total['all']} filters can go ({share:.1%}), in {total['groups']} groups.")
-    out.note(_next(model, total), command=True)
+    out.data(_summary(result))
+    out.note(_next(model, result), command=True)
 
 
 def _sizes(result: dict[str, Any]) -> str:
@@ -63,8 +61,17 @@ def _sizes(result: dict[str, Any]) -> str:
     return f"{inputs} -> {outputs}".replace("'", "")
 
 
-def _next(model: Path, total: dict[str, int]) -> str:
-    if not total["prunable"]:
+def _summary(result: dict[str, Any]) -> str:
+    total, units = result["filters"], result["dense_units"]
+    share = f" ({total['prunable'] / total['all']:.1%})" if total["all"] else ""
+    text = f"{total['prunable']} of {total['all']} filters{share}"
+    if units["all"]:
+        text += f" and {units['prunable']} of {units['all']} units of dense layers"
+    return f"{text} can go, in {total['groups']} groups."
+
+
+def _next(model: Path, result: dict[str, Any]) -> str:
+    if not result["filters"]["prunable"] + result["dense_units"]["prunable"]:
         return "Nothing can be pruned here; the table above says why."
     return f"Next: onnxcar prune {model} --data PATH --preprocess NAME"
 
@@ -98,11 +105,8 @@ def describe(space: ChannelSpace, *, groups: bool = True) -> dict[str, Any]:
         "inputs": _values(model, model.proto.graph.input),
         "outputs": _values(model, model.proto.graph.output),
         "norms": space.norms,
-        "filters": {
-            "all": sum(x["filters"] for x in layers),
-            "prunable": sum(x["prunable"] for x in layers),
-            "groups": len(space.groups),
-        },
+        "filters": {**_totals(layers, dense=False), "groups": len(space.groups)},
+        "dense_units": _totals(layers, dense=True),
         "layers": layers,
         "protected": [
             {
@@ -127,6 +131,12 @@ def describe(space: ChannelSpace, *, groups: bool = True) -> dict[str, Any]:
             for g in (space.groups if groups else ())
         ],
     }
+
+
+def _totals(layers: list[dict[str, Any]], *, dense: bool) -> dict[str, int]:
+    """Filters of convolutions, or units of dense layers: all, and those that can go."""
+    counted = [x for x in layers if (x["kind"] == "dense") is dense]
+    return {"all": sum(x["filters"] for x in counted), "prunable": sum(x["prunable"] for x in counted)}
 
 
 def _node_params(space: ChannelSpace, node: int) -> int:

@@ -25,6 +25,7 @@ __all__ = [
     "model_argument",
     "option",
     "runtime_options",
+    "test_data_option",
 ]
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -202,5 +203,5 @@ test_data_option: Decorator = option(
     "--test-data",
     section=_DATA,
     metavar="PATH",
-    help="What final numbers are reported on; never used to choose.",
+    help="What final numbers are reported on; filters are never chosen on it.",
 )

@@ -355,7 +355,12 @@ def _show(model: Model, record: dict[str, Any]) -> None:
 
     removed = record["removed"]
     layers = [
-        {"node": x.node, "before": x.filters, "after": x.filters - len(removed.get(x.weight, ()))}
+        {
+            "node": x.node,
+            "kind": x.kind,
+            "before": x.filters,
+            "after": x.filters - len(removed.get(x.weight, ())),
+        }
         for x in analyze(model, norms=record["arguments"].get("norms", "protect")).layers
     ]
     terminal().data(*report.prune_tables(record, layers))
@@ -383,8 +388,9 @@ def _advise(record: dict[str, Any], params: dict[str, Any], paths: _Paths) -> No
     if verified is None:
         here.warn("Not verified (--no-verify): nothing says that the compact model equals the masked original.")
     else:
-        error = f"largest error {verified['max_abs_error']:.0e}"
-        here.note(f"Verified on {verified['samples']} samples: output = masked original ({error}).")
+        error = verified["max_abs_error"]
+        within = f", largest difference {error:.0e}" if error else ", to the last bit"
+        here.note(f"Verified on {verified['samples']} samples: output = masked original{within}.")
     if not record["removed"]:
         here.warn(_nothing_removed(record))
     if record["base"] is not None and record["optimistic"]:
@@ -431,14 +437,12 @@ def _nothing_removed(record: dict[str, Any]) -> str:
 
 def _compare_command(params: dict[str, Any], paths: _Paths) -> str:
     words = ["onnxcar", "compare", str(paths.model), str(paths.out)]
-    data = params["test_data"] or params["data"]
     ctx = click.get_current_context()
-    for flag, key in (("--data", "data"), *((f"--{part.replace('_', '-')}", part) for part in _REPEAT)):
-        value = data if key == "data" else params[key]
-        given = ctx.get_parameter_source("test_data" if key == "data" and params["test_data"] else key)
-        if value is not None and given is ParameterSource.COMMANDLINE:
+    for key in ("test_data" if params["test_data"] else "data", *_REPEAT):
+        value = params[key]
+        if value is not None and ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE:
             text = ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else str(value)
-            words += [flag, text]
+            words += [f"--{key.replace('_', '-')}", text]
     return shlex.join(words)
 
 

@@ -77,7 +77,7 @@ def command(by_class: bool, **params: Any) -> None:
     onnxcar score model.onnx --data images --preprocess imagenet --by-class --json scores.json
     """  # noqa: D301 - click reads \b
     from onnxcar import record, report
-    from onnxcar.importance import importance
+    from onnxcar.importances import importance
     from onnxcar.model import load
     from onnxcar.progress import open_meter
 
@@ -138,13 +138,13 @@ def _trust(result: dict[str, Any], near_noise: bool) -> None:
     stderr, split = known["stderr"], known["split_half"]
     half = "undefined (a half ranks all alike)" if split != split else f"{split:.2f}"
     text = (
-        f"Reliability: an importance has a standard error of {stderr:.4f} (median; {stderr * n:.1f} of {n} samples); "
-        f"rank correlation between two halves of the data is {half}."
+        f"Reliability: the standard error of an importance is {stderr:.4f} ({stderr * n:.1f} of {n} samples); the rank "
+        f"correlation between two halves of the data is {half}."
     )
     if not near_noise:
         here.note(text)
         return
     here.warn(
-        f"{text} This ranking is near noise: another sample of that size would give quite another one. Score on more "
-        "samples, or let `onnxcar prune` choose step by step; --metric loss has no ties."
+        f"{text} This ranking is near noise: other samples would rank the groups quite differently. Score on more of "
+        "them, or let `onnxcar prune` choose step by step; --metric loss has no ties."
     )

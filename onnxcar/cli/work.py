@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from onnxcar.cli.terminal import Terminal
 from onnxcar.errors import ModelError, OutputError
@@ -26,6 +27,7 @@ __all__ = [
     "need_data",
     "open_data",
     "open_provider",
+    "open_reported",
     "terminal",
     "write_json",
     "write_text",
@@ -167,9 +169,20 @@ def open_data(params: Mapping[str, Any], model: Model, path: str | None = None) 
     return data.for_input(inputs[0].shape if len(inputs) == 1 else None)
 
 
+def open_reported(params: Mapping[str, Any], model: Model) -> Dataset | None:
+    """What numbers are reported on: ``--test-data`` where there is any, else ``--data``, else None."""
+    path = params["test_data"] or params["data"]
+    if path is None:
+        return None
+    # A limit in a config is about choosing filters; one that is typed here is meant for these data.
+    typed = click.get_current_context().get_parameter_source("limit") is ParameterSource.COMMANDLINE
+    limit = params["limit"] if typed or params["test_data"] is None else None
+    return open_data({**params, "data": path, "limit": limit}, model)
+
+
 def need_data(params: Mapping[str, Any], why: str) -> None:
     """Refuse, as a usage error, to go on without ``--data``."""
-    if params.get("data") is None:
+    if params.get("data") is None and params.get("test_data") is None:
         raise click.UsageError(
             f"{why} needs data: give --data PATH and --preprocess, or put both into an onnxcar.toml beside the model.",
             click.get_current_context(),

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from onnxcar import stats
-from onnxcar.compare import Gates, compare, rows
+from onnxcar.comparison import Gates, compare, rows
 from onnxcar.data import FromCallable
 from onnxcar.errors import ConfigError, DataError
 from onnxcar.model import Model, from_proto

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Importances", "importance"]
 
 # Split-half rank correlation below which two halves of the data would rank the groups quite differently.
-NOISE = 0.5
+NOISE = 0.4
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +57,10 @@ class Importances:
 
     @property
     def stderr(self) -> float | None:
-        """Standard error of an importance, the median over the groups; None where nothing is known of it."""
+        """Standard error of an importance, root mean square over the groups; None where nothing is known of it."""
         if self.reliability is None or not len(self.reliability.stderr):
             return None
-        return float(np.median(self.reliability.stderr))
+        return float(np.sqrt(np.mean(np.square(self.reliability.stderr))))
 
     @property
     def near_noise(self) -> bool:
