@@ -48,9 +48,12 @@ class Extent:
     length: int
 
 
-def quoted(text: str) -> str:
-    """A name out of a file for a one-line message: control characters escaped, at most 80 characters."""
-    return f"'{one_line(text, 80)}'"
+def quoted(text: str | os.PathLike[str]) -> str:
+    """A name out of a file for a one-line message: control characters escaped, at most 80 characters.
+
+    A path, which the user gave, stays whole.
+    """
+    return f"'{one_line(text, 80) if isinstance(text, str) else one_line(os.fspath(text), 4096)}'"
 
 
 def one_line(text: str, limit: int) -> str:

@@ -102,7 +102,7 @@ def load(path: str | os.PathLike[str]) -> Model:
             the folder, or of another size than its tensors.
     """
     file = Path(path)
-    shown = quoted(str(path))
+    shown = quoted(file)
     data = _read(file, shown)
     digest = hashlib.sha256(data)
     size = len(data)
@@ -184,7 +184,7 @@ def save(
             _publish(draft, target)
     except OSError as exc:
         raise OutputError(
-            f"Cannot write {quoted(str(target))}: {exc.strerror or exc}. Nothing was written; choose another folder, "
+            f"Cannot write {quoted(target)}: {exc.strerror or exc}. Nothing was written; choose another folder, "
             "or make room in this one.",
             path=str(target),
         ) from exc
@@ -201,22 +201,20 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False, external:
     """
     target = Path(path)
     folder = target.parent
-    shown = quoted(str(target))
+    shown = quoted(target)
     if not folder.is_dir():
-        raise OutputError(
-            f"Folder {quoted(str(folder))} for {shown} does not exist. Create it first.", path=str(target)
-        )
+        raise OutputError(f"Folder {quoted(folder)} for {shown} does not exist. Create it first.", path=str(target))
     for file in [target, _data_path(target)] if external else [target]:
         if file.is_dir():
-            raise OutputError(f"{quoted(str(file))} is a folder. Name a file inside it.", path=str(file))
+            raise OutputError(f"{quoted(file)} is a folder. Name a file inside it.", path=str(file))
         if os.path.lexists(file) and not force:
             raise OutputError(
-                f"{quoted(str(file))} exists already. Choose another name, or overwrite it with --force (force=True).",
+                f"{quoted(file)} exists already. Choose another name, or overwrite it with --force (force=True).",
                 path=str(file),
             )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(
-            f"Folder {quoted(str(folder))} is not writable, so {shown} cannot appear there. Choose another folder.",
+            f"Folder {quoted(folder)} is not writable, so {shown} cannot appear there. Choose another folder.",
             path=str(target),
         )
 
@@ -453,7 +451,7 @@ def _check_source(model: Model, target: Path) -> None:
         source = model.folder / _tensors.extent(tensor).location
         if os.path.realpath(source) in ours:
             raise OutputError(
-                f"{quoted(str(target))} would replace {quoted(source.name)}, where the model's own weights lie. "
+                f"{quoted(target)} would replace {quoted(source.name)}, where the model's own weights lie. "
                 "Choose another name.",
                 path=str(target),
             )

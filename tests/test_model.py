@@ -552,3 +552,9 @@ def test_models_are_frozen(cnn: ModelProto) -> None:
     model: Model = from_proto(cnn)
     with pytest.raises(AttributeError):
         model.sha256 = ""  # type: ignore[misc]
+
+
+def test_a_long_path_is_named_whole(tmp_path: Path) -> None:
+    folder = tmp_path / ("deep" * 20) / ("er" * 40)
+    folder.mkdir(parents=True)
+    assert str(folder / "m.onnx") in refused(write(folder, b"hello"))
