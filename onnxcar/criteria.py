@@ -288,7 +288,8 @@ def _activations(space: ChannelSpace, context: Context) -> Iterator[tuple[Read, 
     data = context.data
     assert data is not None
     reads = {read.value: read for read in space.reads if (read.groups >= 0).any()}
-    sample = data.inputs(np.arange(min(2, len(data))))
+    few = data.inputs(np.arange(min(4, len(data))))
+    sample = few if len(data) > 1 else None  # whether a fixed batch can be freed shows on more than one
     network = runtime.open_network(space.model, provider=context.provider, threads=context.threads, sample=sample)
     proto = onnx.ModelProto()
     proto.CopyFrom(network.proto)

@@ -244,6 +244,7 @@ class _Loop:
         self.whole: tuple[Field, ...] = ()
         self.sharing: dict[tuple[int, ...], list[Field]] = {}  # of `whole`, those with groups of a field
         self.original = space.cost(())
+        self.settled = (frozenset[int](), self.original)  # what would be shipped when last looked at, and its cost
         self.steps: list[Step] = []
         self.back: list[Step] = []
         self.removed: frozenset[int] = frozenset()  # groups of `steps`
@@ -325,17 +326,27 @@ class _Loop:
         """The rule that ends the whole search here, if any; targets are held against what would be shipped."""
         if self.stop.steps is not None and self.n_steps >= self.stop.steps:
             return "steps"
-        if self.stop.target_macs is not None or self.stop.target_params is not None:
-            back = self.keep.given_back([step.group for step in self.steps], self.keep.all_layers())
-            cost = self.space.cost(self.removed - back)
-            if self.stop.target_macs is not None and cost.macs <= self.stop.target_macs * self.original.macs:
-                return "target_macs"
-            if self.stop.target_params is not None and cost.params <= self.stop.target_params * self.original.params:
-                return "target_params"
+        for rule in ("target_macs", "target_params"):
+            if self.meets(rule):
+                return rule
         # Answers from the journal take no time: a run that goes on has the whole limit for what is left.
         if not self.journal.replaying and time.monotonic() + self.longest_s > self.deadline:
             return "time_limit"
         return None
+
+    def meets(self, rule: str) -> bool:
+        """Whether a cost target is met, by what is left when counts are made the multiples asked for."""
+        share: float | None = getattr(self.stop, rule)
+        if share is None:
+            return False
+        name = rule.removeprefix("target_")
+        goal = share * getattr(self.original, name)
+        if getattr(self.steps[-1].cost if self.steps else self.original, name) > goal:
+            return False  # giving back only adds
+        left = self.removed - self.keep.given_back([step.group for step in self.steps], self.keep.all_layers())
+        if left != self.settled[0]:
+            self.settled = (left, self.space.cost(left))
+        return bool(getattr(self.settled[1], name) <= goal)
 
     def compatible(
         self, choices: Sequence[Choice], removed: frozenset[int], field: Field, room: int | None

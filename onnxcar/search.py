@@ -155,6 +155,7 @@ def prune(
     }
     space = analyze(model, norms=norms)
     keep = Keep(space, min_filters, multiple, wanted == "auto")
+    original_cost = space.cost(())
     scorer = None if data is None else run_on.scorer(space, data, metric)
     path: GreedyPath | None = None
     if plan is not None:
@@ -188,13 +189,14 @@ def prune(
         chosen = Plan(path.groups)
         compact = surgery.remove(space, chosen)
         final = run_on.evaluate(compact, data, metric)
+    cost = space.cost(chosen.groups)
     verified = surgery.verify(space, chosen, compact) if verify else None
     found: dict[str, Any] = {
         "onnxcar": onnxcar.__version__,
         "schema": records.SCHEMA,
         "command": "prune",
-        "model": records.model_entry(model.path, model.sha256, space.cost(()), model.n_bytes),
-        "result": records.model_entry(None, None, space.cost(chosen.groups), None),
+        "model": records.model_entry(model.path, model.sha256, original_cost, model.n_bytes),
+        "result": records.model_entry(None, None, cost, None),
         "data": records.data_entry(data),
         "test_data": records.data_entry(test_data),
         "optimistic": test_data is None,

@@ -128,6 +128,17 @@ def test_a_batch_fixed_in_the_file_changes_nothing(make_model, samples):
     np.testing.assert_allclose(importances("apoz", fixed, data=data), want, rtol=1e-12)
 
 
+def test_rows_that_fill_up_a_fixed_batch_do_not_count(make_model, samples):
+    """A constant of two rows: no other batch runs, and 37 samples leave one over."""
+    one = values([1, -2], [3, 0], [-1, 1]).reshape(3, 2, 1, 1)
+    body = "b = Conv(x, one_w) c = Add(b, rows) d = Relu(c) e = Flatten(d) y = Gemm <transB = 1> (e, head_w)"
+    weights = {"one_w": one, "rows": np.zeros((2, 3, 2, 2), np.float32), "head_w": (2, 12)}
+    fixed = analyze(from_proto(make_model(body, "float[2,2,2,2] x", "float[2,2] y", weights)))
+    data, x, _ = samples
+    want = (activations(x)[0] != 0).mean((0, 2, 3))
+    np.testing.assert_allclose(importances("apoz", fixed, data=data), want, rtol=1e-12)
+
+
 def test_unit_norm_per_layer_makes_layers_comparable(dense):
     found = per_layer_unit(dense, np.asarray([3.0, 4.0, 0.0, 0.0, 0.0]))
     np.testing.assert_allclose(found, [0.6, 0.8, 0, 0, 0])

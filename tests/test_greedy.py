@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
-from onnxcar.errors import PlanError
+from onnxcar.errors import JournalError, PlanError
 from onnxcar.greedy import Choice, Mark, Stop, retreat, walk
 from onnxcar.journal import Journal
 from onnxcar.model import from_proto
 from onnxcar.rules import analyze
-from onnxcar.scope import Keep, fields, select_layers
+from onnxcar.scope import Keep, fields, select_layers, whole_layers
 
 
 class Known:
@@ -58,8 +59,10 @@ COST = [3, 0, 2, 9, 1, 5, 4, 7, 2, 0, 6, 1, 0, 8]
 
 def search(space, stop, *, scope="layer", chooser=None, min_filters=1, multiple=1, **options):
     chooser = chooser or Known(COST)
-    found = fields(space, select_layers(space), (), scope)
-    return walk(space, found, chooser, stop=stop, keep=Keep(space, min_filters, multiple), **options)
+    selected = select_layers(space)
+    whole = whole_layers(space, selected, ()) if scope == "layer" else ()
+    keep = Keep(space, min_filters, multiple)
+    return walk(space, fields(space, selected, (), scope), chooser, stop=stop, keep=keep, whole=whole, **options)
 
 
 def order(path):
@@ -138,15 +141,104 @@ def test_counts_become_multiples_by_giving_back_the_last_removals(space):
     assert path.steps[-1].mark.correct == 94
 
 
+def test_what_a_layer_gives_back_is_back_before_the_next_one_is_searched(space):
+    chooser = Known([0, 1, 4, 9, 9, 9, 9, 9, 2, 2, 9, 9, 9, 9])
+    path = search(space, Stop(max_drop=0.05), multiple=2, chooser=chooser)
+    # 0, 1 and 2 cost all five; only after 2 is back has the second layer room for 8 and 9.
+    assert order(path) == [0, 1, 8, 9]
+    assert [step.mark.correct for step in path.steps] == [100, 99, 97, 95]
+
+
+def test_what_was_given_back_for_a_multiple_is_not_taken_again(space):
+    chooser = Known(COST)
+    path = search(space, Stop(ratio=0.5), multiple=3, chooser=chooser)
+    assert left(space, path) == [6, 3]
+    assert order(path) == [1, 4, 9, 12, 11]
+    assert [step.group for step in path.given_back] == [2, 0]
+    assert len(chooser.asked) == 7
+
+
+@pytest.fixture
+def crossing(make_model):
+    """Two Convs of 8 and n filters in either order; the first n channels of the wide one are tied to the narrow one."""
+
+    def build(first, second, n=4):
+        convs = {"wide": "a = Conv(x, wide_w)", "narrow": "b = Conv(x, narrow_w)"}
+        body = f"""{convs[first]} {convs[second]}
+                   c, d = Split <axis = 1> (a, sizes) e = Add(b, c) f = Concat <axis = 1> (e, d) g = Relu(f)
+                   h = GlobalAveragePool(g) i = Flatten(h) y = Gemm <transB = 1> (i, head_w)"""
+        weights = {"wide_w": (8, 3, 1, 1), "narrow_w": (n, 3, 1, 1), "head_w": (4, 8), "sizes": np.asarray([n, 8 - n])}
+        return analyze(from_proto(make_model(body, weights=weights)))
+
+    return build
+
+
+def left(space, path):
+    return Keep(space).filters(path.groups)[:2]
+
+
+def test_no_layer_is_pushed_past_its_ratio_by_one_it_is_tied_to(crossing):
+    space = crossing("wide", "narrow")
+    path = search(space, Stop(ratio=0.5), chooser=Known([0, 0, 0, 0, 5, 5, 5, 5]))
+    assert order(path) == [0, 1, 4, 5]
+    assert left(space, path) == [4, 2]
+
+
+def test_a_layer_takes_others_past_their_ratio_where_it_has_no_choice(crossing):
+    space = crossing("wide", "narrow", n=6)
+    path = search(space, Stop(ratio=0.6), chooser=Known([0, 0, 0, 0, 0, 0, 5, 5]))
+    assert order(path) == [0, 1, 2, 3, 6]
+    more = search(space, Stop(ratio=0.66), chooser=Known([0, 0, 0, 0, 0, 0, 5, 5]))
+    assert left(space, more) == [2, 1]  # 0.66 of 6 is 4, and 5 are gone: the wide layer had nothing else left
+
+
+def test_what_an_earlier_layer_took_along_counts_towards_the_ratio(crossing):
+    space = crossing("narrow", "wide")
+    path = search(space, Stop(ratio=0.5), chooser=Known([1, 2, 3, 4, 5, 6, 7, 8]))
+    assert order(path) == [0, 1, 4, 5]
+    assert left(space, path) == [2, 4]
+
+
+def test_a_layer_that_is_short_at_the_end_is_filled_up_with_shared_groups(crossing):
+    space = crossing("narrow", "wide", n=6)
+    path = search(space, Stop(ratio=0.66), chooser=Known([1, 2, 3, 4, 5, 6, 7, 8]))
+    assert order(path) == [0, 1, 2, 3, 6, 4]
+    assert left(space, path) == [1, 2]
+
+
+def test_filling_up_stays_within_the_drop(crossing):
+    space = crossing("narrow", "wide", n=6)
+    chooser = Known([1, 2, 3, 4, 5, 6, 7, 8])
+    path = search(space, Stop(ratio=0.66, max_drop=0.2), chooser=chooser)
+    assert order(path) == [0, 1, 2, 3, 6]
+    assert path.stopped == "max_drop"
+    assert len(chooser.asked) == 6
+    # A layer that the drop has ended is not asked again.
+    chooser = Known([1, 2, 3, 4, 5, 6, 7, 8])
+    assert order(search(space, Stop(ratio=0.66, max_drop=0.12), chooser=chooser)) == [0, 1, 2, 3]
+    assert len(chooser.asked) == 5
+
+
+def test_a_journal_whose_answer_was_changed_is_refused(space, tmp_path):
+    path = tmp_path / "run.jsonl"
+    with Journal(path, {}) as journal:
+        search(space, Stop(ratio=0.5), journal=journal)
+    lines = path.read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if '"answer":[[4,' in line)
+    path.write_text("".join([*lines[:at], lines[at].replace("[[4,", "[[5,"), *lines[at + 1 :]]))
+    with Journal(path, {}) as journal, pytest.raises(JournalError, match=f"line {at + 2}: this run asks"):
+        search(space, Stop(ratio=0.5), journal=journal)
+
+
 def test_a_cost_target_is_met_by_what_is_left_after_giving_back(space):
     plain = search(space, Stop(target_macs=0.6), scope="global")
     even = search(space, Stop(target_macs=0.6), scope="global", multiple=4)
     assert even.given_back
     assert even.steps[-1].cost.macs <= 0.6 * space.cost(()).macs
     assert even.groups != plain.groups
-    left = Keep(space).filters(even.groups)
-    assert left[0] % 4 == 0
-    assert left[1] in (4, 6)
+    one, two = left(space, even)
+    assert one % 4 == 0
+    assert two in (4, 6)
 
 
 def test_giving_back_never_breaks_the_promised_drop(space):
@@ -199,8 +291,6 @@ def test_a_resumed_walk_equals_an_uninterrupted_one_whatever_it_was_killed_after
 
 
 def test_a_journal_of_other_removals_is_refused(space, tmp_path):
-    from onnxcar.errors import JournalError
-
     path = tmp_path / "run.jsonl"
     with Journal(path, {}) as journal:
         search(space, Stop(ratio=0.5), journal=journal)

@@ -1,6 +1,7 @@
 """The journal: what survives a crash, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,14 @@ def test_an_answer_is_on_disk_before_the_search_goes_on(tmp_path):
     with Journal(path, HEADER) as journal:
         journal.ask({"lowest": 0}, lambda: 1)
         assert json.loads(path.read_text().splitlines()[-1]) == {"ask": {"lowest": 0}, "answer": 1}
+
+
+def test_every_answer_is_synced(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(file) or real(file))
+    fill(tmp_path / "run.jsonl", 3)
+    assert len(synced) == 4
 
 
 def test_a_failing_computation_leaves_no_line(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from onnxcar.errors import PlanError
 from onnxcar.model import from_proto
 from onnxcar.rules import analyze
-from onnxcar.scope import Keep, fields, select_layers, vector_width
+from onnxcar.scope import Keep, fields, select_layers, vector_width, whole_layers
 
 
 @pytest.fixture
@@ -131,6 +131,14 @@ def test_an_excluded_layer_keeps_the_groups_that_reach_into_it(residual):
 def test_a_ratio_is_reached_at_least(chain, ratio, n, wanted):
     (field, *_) = fields(chain, select_layers(chain), (), "layer")
     assert type(field)("f", (), n, {}, ()).wanted(ratio) == wanted
+
+
+def test_whole_layers_know_all_groups_that_touch_them(residual):
+    stem, inner, end = whole_layers(residual, select_layers(residual), ())
+    assert end.groups == stem.groups
+    assert set(stem.groups).isdisjoint(inner.groups)
+    exclude = ["end_w"]
+    assert [f.name for f in whole_layers(residual, select_layers(residual, exclude=exclude), exclude)] == [inner.name]
 
 
 def test_every_layer_keeps_one_filter(chain):
