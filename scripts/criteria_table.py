@@ -58,7 +58,7 @@ def onnxcar(*args: str) -> Any:
 
 def measure(how: str, model: Path, config: Path, sets: Sequence[str]) -> Row:
     """Top-1 of a model on the two sets, and its size."""
-    found = [onnxcar("evaluate", str(model), "--config", str(config), "--data", data) for data in sets]
+    found = [onnxcar("evaluate", str(model), "--config", str(config), "--test-data", data) for data in sets]
     top1 = (found[0]["value"], found[1]["value"])
     return Row(how, top1, found[0]["model"]["params"], found[0]["model"]["macs"])
 
