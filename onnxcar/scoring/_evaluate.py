@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from onnxcar._judge import Judge
 from onnxcar.errors import DataError
-from onnxcar.metrics import Judge, Metric, Outcomes, Score, Tally, gives_probabilities, metric
+from onnxcar.metrics import Metric, Outcomes, Score, Tally, gives_probabilities, metric
 from onnxcar.model import Model
 from onnxcar.runtime import Network, open_network
 

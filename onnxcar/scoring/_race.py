@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from onnxcar.executors import Pool
 from onnxcar.metrics import Rows
 
-__all__ = ["Key", "Lane", "Log", "Runner", "race"]
+__all__ = ["Key", "Lane", "Log", "Race", "Runner", "race"]
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
@@ -88,7 +90,10 @@ class Runner:
         hope: What its final cost is expected to be; the order among equals, nothing else.
         cost: So far.
         loss: So far.
-        at: How many of `order` are done.
+        at: How many of `order` are done or under way.
+        turn: How many rows it takes at least when its turn comes.
+        under_way: Batches that hold rows of it.
+        queued: Whether it waits for its turn.
     """
 
     group: int
@@ -102,8 +107,8 @@ class Runner:
     loss: int = 0
     at: int = 0
     turn: float = FIRST
-    expected: npt.NDArray[np.float64] | None = None
-    out: bool = False
+    under_way: int = 0
+    queued: bool = False
 
     @property
     def key(self) -> Key:
@@ -112,7 +117,7 @@ class Runner:
 
     @property
     def done(self) -> bool:
-        """All images are counted."""
+        """All images are counted, or under way."""
         return self.at >= len(self.order)
 
 
@@ -132,8 +137,7 @@ class _Board:
         """Whether the candidate cannot be among the k best. Only what can still grow is compared, so no tie is lost."""
         if len(self.best) < self.k:
             return False
-        last = self.best[-1][0]
-        return (runner.rank(runner.cost), runner.loss) > last[:2]
+        return (runner.rank(runner.cost), runner.loss) > self.best[-1][0][:2]
 
     @property
     def cost(self) -> int | None:
@@ -141,7 +145,102 @@ class _Board:
         return self.best[-1][1].cost if len(self.best) == self.k else None
 
 
-def race(runners: Sequence[Runner], k: int, guess: int, largest: int = 1) -> list[Runner]:
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Rows of one run: for each runner how many of its next images."""
+
+    lane: Lane
+    parts: tuple[tuple[Runner, int, Indices], ...]
+
+    def run(self) -> Rows:
+        candidates = np.concatenate([np.full(n, runner.group, np.int64) for runner, n, _ in self.parts])
+        return self.lane.rows(candidates, np.concatenate([images for _, _, images in self.parts]))
+
+
+class Race:
+    """The queue of candidates that are neither out nor done."""
+
+    def __init__(self, runners: Sequence[Runner], k: int, guess: int, largest: int) -> None:
+        """Line up the runners; see `race`."""
+        self.board = _Board(k)
+        self._guess, self._largest = guess, largest
+        self._heaps: dict[int, list[tuple[tuple[float, ...], int, Runner]]] = {}
+        self._serial = 0
+        for runner in runners:
+            if runner.done:
+                self.board.enter(runner)
+            else:
+                self._push(runner)
+
+    def _push(self, runner: Runner) -> None:
+        self._serial += 1
+        runner.queued = True
+        urgency = (runner.rank(runner.cost), runner.hope)
+        heapq.heappush(self._heaps.setdefault(id(runner.lane), []), (urgency, self._serial, runner))
+
+    def next(self) -> _Batch | None:
+        """Rows to run now, those of the lowest candidates; None where all are out, done or under way."""
+        while any(self._heaps.values()):
+            heap = min((h for h in self._heaps.values() if h), key=lambda h: h[0][:2])
+            found = self._fill(heap)
+            if found:
+                parts = tuple(self._take(runner, n) for runner, n in found)
+                lowest, n, _ = parts[0]
+                if n >= lowest.lane.batch and not lowest.done:
+                    self._push(lowest)  # it fills batches alone: the next may run beside this one
+                return _Batch(lowest.lane, parts)
+        return None
+
+    def _fill(self, heap: list[tuple[tuple[float, ...], int, Runner]]) -> list[tuple[Runner, int]]:
+        batch: list[tuple[Runner, int]] = []
+        room = heap[0][2].lane.batch
+        bound = self.board.cost if self.board.cost is not None else self._guess
+        while heap and room > 0:
+            runner = heap[0][2]
+            if self.board.out(runner):
+                heapq.heappop(heap)[2].queued = False
+                continue
+            # At least so many rows are needed before the candidate can be out.
+            gap = (bound - runner.cost) // self._largest + 1
+            if batch and gap <= 0:
+                break  # it may well be out once the lower ones are done
+            heapq.heappop(heap)[2].queued = False
+            take = min(max(int(runner.turn), gap), len(runner.order) - runner.at, room)
+            if gap <= runner.turn:
+                runner.turn = min(runner.turn, 64) * GROWTH
+            batch.append((runner, take))
+            room -= take
+        if batch and room > 0:
+            # Nobody else needs rows for sure: the lowest goes on.
+            runner, n = batch[0]
+            batch[0] = (runner, min(n + room, len(runner.order) - runner.at))
+        return batch
+
+    @staticmethod
+    def _take(runner: Runner, n: int) -> tuple[Runner, int, Indices]:
+        images = runner.order[runner.at : runner.at + n]
+        runner.at += n
+        runner.under_way += 1
+        return runner, n, images
+
+    def done(self, batch: _Batch, rows: Rows) -> None:
+        """Count the results of a batch; its runners go on, are done, or out."""
+        start = 0
+        for runner, n, images in batch.parts:
+            where = slice(start, start + n)
+            runner.log.put(images, rows, where)
+            runner.cost += int(rows.cost[where].sum())
+            runner.loss += int(rows.loss[where].sum())
+            start += n
+            runner.under_way -= 1
+            if runner.done:
+                if not runner.under_way:
+                    self.board.enter(runner)
+            elif not runner.queued and not self.board.out(runner):
+                self._push(runner)
+
+
+def race(runners: Sequence[Runner], k: int, guess: int, largest: int = 1, pool: Pool | None = None) -> list[Runner]:
     """The k candidates of smallest key, smallest first; the same as if all had run to the end.
 
     Args:
@@ -149,67 +248,23 @@ def race(runners: Sequence[Runner], k: int, guess: int, largest: int = 1) -> lis
         k: How many are wanted.
         guess: About what the k-th best will cost: no result depends on it, only work.
         largest: What one image costs at most.
+        pool: Runs several batches at a time; None: one after the other.
     """
-    board = _Board(k)
-    heaps: dict[int, list[tuple[tuple[float, ...], int]]] = {}
-    for i, runner in enumerate(runners):
-        if runner.done:
-            board.enter(runner)
-        else:
-            heapq.heappush(heaps.setdefault(id(runner.lane), []), (_urgency(runner), i))
-    while any(heaps.values()):
-        heap = min((h for h in heaps.values() if h), key=lambda h: h[0])
-        batch = _fill(heap, runners, board, guess, largest)
-        if not batch:
-            continue
-        for i in _run(runners, batch):
-            runner = runners[i]
-            if runner.done:
-                board.enter(runner)
-            elif board.out(runner):
-                runner.out = True
-            else:
-                heapq.heappush(heap, (_urgency(runner), i))
-    return [runner for _, runner in board.best]
-
-
-def _urgency(runner: Runner) -> tuple[float, ...]:
-    return (runner.rank(runner.cost), runner.hope)
-
-
-def _fill(
-    heap: list[tuple[tuple[float, ...], int]], runners: Sequence[Runner], board: _Board, guess: int, largest: int
-) -> list[tuple[int, int]]:
-    """The next batch: (runner, number of rows), the lowest first."""
-    batch: list[tuple[int, int]] = []
-    room = runners[heap[0][1]].lane.batch if heap else 0
-    while heap and room > 0:
-        _, i = heapq.heappop(heap)
-        runner = runners[i]
-        if board.out(runner):
-            runner.out = True
-            continue
-        bound = board.cost if board.cost is not None else guess
-        # At least so many rows are needed before the candidate can be out.
-        gap = (bound - runner.cost) // largest + 1
-        take = min(max(int(runner.turn), gap), len(runner.order) - runner.at, room)
-        runner.turn = max(runner.turn, min(take, 64)) * GROWTH if gap <= runner.turn else runner.turn
-        batch.append((i, take))
-        room -= take
-    return batch
-
-
-def _run(runners: Sequence[Runner], batch: Sequence[tuple[int, int]]) -> list[int]:
-    lane = runners[batch[0][0]].lane
-    candidates = np.concatenate([np.full(n, runners[i].group, np.int64) for i, n in batch])
-    images = np.concatenate([runners[i].order[runners[i].at : runners[i].at + n] for i, n in batch])
-    rows = lane.rows(candidates, images)
-    start = 0
-    for i, n in batch:
-        runner, where = runners[i], slice(start, start + n)
-        runner.log.put(images[where], rows, where)
-        runner.cost += int(rows.cost[where].sum())
-        runner.loss += int(rows.loss[where].sum())
-        runner.at += n
-        start += n
-    return [i for i, _ in batch]
+    state = Race(runners, k, guess, largest)
+    if pool is None or pool.workers == 1:
+        while (batch := state.next()) is not None:
+            state.done(batch, batch.run())
+    else:
+        under_way: dict[Future[Rows], _Batch] = {}
+        try:
+            while True:
+                while len(under_way) < pool.workers and (batch := state.next()) is not None:
+                    under_way[pool.submit(batch.run)] = batch
+                if not under_way:
+                    break
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    state.done(under_way.pop(future), future.result())
+        finally:
+            for future in under_way:
+                future.cancel()
+    return [runner for _, runner in state.board.best]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from onnxcar._judge import Judge
 from onnxcar.channels import ChannelSpace
 from onnxcar.errors import InternalError
-from onnxcar.metrics import Judge, Metric, Rows, Score, Tally, metric
-from onnxcar.runtime import open_network
+from onnxcar.executors import Pool
+from onnxcar.metrics import Metric, Rows, Score, Tally, metric
+from onnxcar.runtime import n_cores, open_network
 from onnxcar.scoring._evaluate import SHARE, feeds, free_bytes, judge_for, samples_per_run
 from onnxcar.scoring._order import risk_order
 from onnxcar.scoring._race import Key, Log, Runner, race
@@ -26,7 +29,7 @@ __all__ = ["Pick", "Scorer", "Work"]
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 ROW_BYTES = 24 << 20  # of cut values gathered for one run
-LARGEST_BATCH = 512
+LARGEST_BATCH = 64  # more would run rows of candidates that are nearly out
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,14 @@ class Work:
         rows: (candidate, image) pairs that were run.
         pairs: Pairs that scoring everything in full would have run.
         prefixes: Images whose prefix was run.
+        again: Pairs run again because rounding might have decided them.
     """
 
     rows: int = 0
     pairs: int = 0
     prefixes: int = 0
+    again: int = 0
+    lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
 
 @dataclass(eq=False)
@@ -71,9 +77,18 @@ class _State:
     def rows(self, candidates: Indices, rows: Indices) -> Rows:
         """Results of (candidate, position in the block) pairs."""
         assert self.block is not None
-        self.work.rows += len(rows)
-        out = self.site.run(self.block, candidates, rows)
-        return self.judge.rows(out, self.block.indices[rows])
+        with self.work.lock:
+            self.work.rows += len(rows)
+        out = self.site.run(self.block, candidates, rows, exact=False)
+        images = self.block.indices[rows]
+        if self.site.shortcut is not None and self.judge.labelled:
+            # What the shortcut's rounding might decide is decided by a run of all nodes.
+            again = np.flatnonzero(self.judge.doubtful(out, images, self.site.shortcut.doubt))
+            if len(again):
+                with self.work.lock:
+                    self.work.again += len(again)
+                out[again] = self.site.run(self.block, candidates[again], rows[again])
+        return self.judge.rows(out, images)
 
 
 class Scorer:
@@ -118,7 +133,9 @@ class Scorer:
         few = np.arange(min(4, len(data)), dtype=np.int64)
         sample = data.inputs(few) if len(few) else {}
         tried = sample if all(len(value) > 1 for value in sample.values()) and sample else None
-        self._network = open_network(space.model, provider=provider, threads=threads, sample=tried)
+        self._pool = Pool(n_cores() if threads is None else threads)
+        # Batches run side by side, each on one thread: nobody waits for anybody inside a run.
+        self._network = open_network(space.model, provider=provider, threads=1, sample=tried)
         self._judge = judge_for(self._network, data, self.metric)
         self._sample = feeds(self._network, data, few)
         self._step = samples_per_run(self._network, self._sample, self._memory, batch_size)
@@ -141,20 +158,22 @@ class Scorer:
     def _whole(self, removed: frozenset[int]) -> Score:
         # No read of its own: removed groups are constants of the graph.
         site = whole_site(self.space, self._network, (), removed) if removed else None
-        tally, outputs = Tally(), []
-        for start in range(0, len(self.data), self._step):
+
+        def run(start: int) -> tuple[Tally, Array]:
             at = np.arange(start, min(start + self._step, len(self.data)), dtype=np.int64)
             inputs = feeds(self._network, self.data, at)
             if site is None:
                 out = self._network.run(inputs)[0]
             else:
-                names = list(inputs)
-                block = Block(at, {name: inputs[name] for name in names})
-                out = site.run(block, np.full(len(at), BASE), np.arange(len(at)))
+                out = site.run(Block(at, inputs), np.full(len(at), BASE), np.arange(len(at)))
             rows = self._judge.rows(out, at)
-            tally.add(self._judge.tally(rows, at))
+            return self._judge.tally(rows, at), rows.outputs
+
+        tally, outputs = Tally(), []
+        for part, out in self._pool.map(run, range(0, len(self.data), self._step)):
+            tally.add(part)
             if not self.metric.additive:
-                outputs.append(rows.outputs)
+                outputs.append(out)
         return self._judge.score(tally, np.concatenate(outputs) if outputs else None)
 
     # --- candidates in full ---------------------------------------------------------------------------------------
@@ -220,9 +239,12 @@ class Scorer:
         assert state.block is not None
         log = Log.empty(len(state.block.indices)) if log is None else log
         parts = []
-        for start in range(0, len(todo), state.batch):
+
+        def run(start: int) -> tuple[Indices, Rows]:
             at = todo[start : start + state.batch]
-            rows = state.rows(np.full(len(at), group, np.int64), at)
+            return at, state.rows(np.full(len(at), group, np.int64), at)
+
+        for at, rows in self._pool.map(run, range(0, len(todo), state.batch)):
             log.put(at, rows)
             if outputs is not None:
                 parts.append(rows.outputs)
@@ -272,7 +294,7 @@ class Scorer:
             runners += self._start(state, gone, groups, rank, saved, hints)
         self.work.pairs += n * len(runners)
         guess = int(np.partition([runner.hope for runner in runners], k - 1)[k - 1])
-        won = race(runners, k, guess, self._judge.largest_cost)
+        won = race(runners, k, guess, self._judge.largest_cost, self._pool)
         for runner in runners:
             assert isinstance(runner.lane, _State)
             known = ~np.isnan(runner.log.margin)
@@ -390,7 +412,7 @@ class Scorer:
         return [np.arange(i, min(i + fits, n), dtype=np.int64) for i in range(0, n, fits)]
 
     def _load(self, state: _State, at: Indices) -> None:
-        state.block = state.site.load(lambda part: feeds(self._network, self.data, part), at, self._step)
+        state.block = state.site.load(lambda part: feeds(self._network, self.data, part), at, self._step, self._pool)
         state.base, state.removed = None, None
         state.norms = _norms(state.site, state.block)
         self.work.prefixes += len(at)
@@ -404,6 +426,8 @@ class Scorer:
             return
         new = None if state.removed is None else removed - state.removed
         state.site.set_removed(removed)
+        assert state.block is not None
+        state.site.refresh(state.block, self._step, self._pool)
         last = state.last.get(next(iter(new))) if new is not None and len(new) == 1 else None
         if last is not None and state.removed is not None and state.removed < removed:
             state.base = last

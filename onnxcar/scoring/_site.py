@@ -7,7 +7,7 @@ rows are (candidate, image) pairs: each row takes its image's cut values and mul
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ import onnx
 from onnx import helper, numpy_helper
 
 from onnxcar.channels import ChannelSpace, Read
-from onnxcar.errors import DataError, InternalError, ModelError
+from onnxcar.errors import DataError, ModelError
+from onnxcar.executors import Pool
 from onnxcar.model import Model
 from onnxcar.runtime import Network, Session, constants, extract, graph_inputs, session, uses, value_types
+from onnxcar.scoring._linear import Reader, linear_readers, subtract
 
 __all__ = ["BASE", "Block", "Site", "open_site", "reads_of", "whole_site"]
 
@@ -26,7 +28,8 @@ Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 BASE = -2  # as a candidate: none; -1 marks positions that belong to no group
 PREFIX = "onnxcar."
-PROBE = 4  # samples on which rows are held against the whole network
+ROUNDING = 1e-3  # a shortcut further off than this, relative to the outputs, is wrong
+SAFETY = 64  # rows whose outputs are nearer than so many times the rounding seen run the whole suffix
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +39,17 @@ class Block:
     Attributes:
         indices: Which images, (k,).
         values: Value name -> (k, ...).
+        read: Output of each linear reader for the network as pruned so far, (k, ...); see `Site.refresh`.
     """
 
     indices: Indices
     values: dict[str, Array]
+    read: dict[str, Array] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:
         """Memory it takes."""
-        return sum(value.nbytes for value in self.values.values())
+        return sum(value.nbytes for part in (self.values, self.read) for value in part.values())
 
 
 def reads_of(space: ChannelSpace) -> dict[int, tuple[int, ...]]:
@@ -57,6 +62,23 @@ def reads_of(space: ChannelSpace) -> dict[int, tuple[int, ...]]:
     return {group: tuple(ks) for group, ks in found.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """The suffix behind linear readers: rows subtract from their outputs instead of running them.
+
+    Attributes:
+        readers: What is not run.
+        reader: Runs them once per image, with the removed channels masked.
+        suffix: The rest.
+        doubt: Outputs closer than this to one another are not told apart: such rows run the whole suffix.
+    """
+
+    readers: tuple[Reader, ...]
+    reader: Session
+    suffix: Session
+    doubt: float = 0.0
+
+
 class Site:
     """Scores candidates whose channels are read at `reads`; see `open_site`.
 
@@ -65,6 +87,7 @@ class Site:
         by_row: Whether each row has a mask of its own; else all rows of a run share one candidate.
         cut: Names of the cut values with a row for each image.
         entries: Those of the reads that are cut values: their channels are known before the suffix runs.
+        shortcut: Linear readers, where there are some.
     """
 
     def __init__(
@@ -83,6 +106,7 @@ class Site:
         self.suffix = suffix
         self.cut = tuple(cut)
         self.by_row = fixed is None and prefix is not None
+        self.shortcut: Shortcut | None = None
         self._fixed = fixed
         self.entries = tuple(k for k in reads if space.reads[k].value in self.cut) if self.by_row else ()
         self._groups = {k: space.reads[k].groups for k in reads}
@@ -91,45 +115,72 @@ class Site:
         self.set_removed(())
 
     def set_removed(self, removed: Collection[int]) -> None:
-        """From now on these groups are masked in every row, besides the row's candidate."""
+        """From now on these groups are masked in every row, besides the row's candidate; blocks need a `refresh`."""
         alive = self.space.alive(removed)
         self._keep = {k: alive[groups] for k, groups in self._groups.items()}
 
-    def load(self, inputs: Callable[[Indices], dict[str, Array]], indices: Indices, batch: int) -> Block:
+    def load(
+        self, inputs: Callable[[Indices], dict[str, Array]], indices: Indices, batch: int, pool: Pool | None = None
+    ) -> Block:
         """Cut values of the images at `indices`; `inputs` gives their network inputs."""
         values: dict[str, Array] = {}
-        for start in range(0, len(indices), batch):
-            part = indices[start : start + batch]
-            feeds = inputs(part)
-            got = self.prefix.run(feeds) if self.prefix is not None else [feeds[name] for name in self.cut]
-            for name, value in zip(self.cut, got, strict=True):
-                if name not in values:
-                    values[name] = np.empty((len(indices), *value.shape[1:]), value.dtype)
-                values[name][start : start + len(part)] = value
+
+        def run(start: int) -> tuple[int, list[Array]]:
+            feeds = inputs(indices[start : start + batch])
+            return start, self.prefix.run(feeds) if self.prefix is not None else [feeds[name] for name in self.cut]
+
+        for start, got in (pool or Pool(1)).map(run, range(0, len(indices), batch)):
+            _store(values, dict(zip(self.cut, got, strict=True)), start, len(indices))
         return Block(indices, values)
 
-    def masks(self, candidates: Indices) -> dict[str, Array]:
+    def refresh(self, block: Block, batch: int, pool: Pool | None = None) -> None:
+        """Run the linear readers on all images of the block, for the groups that are removed now."""
+        if self.shortcut is None:
+            return
+        session = self.shortcut.reader
+        wanted = {i.name for i in session.inputs}
+        masks = {name: value for name, value in self.masks(np.asarray([BASE]), session).items() if name in wanted}
+        n = len(block.indices)
+
+        def run(start: int) -> tuple[int, list[Array]]:
+            feeds = {name: v[start : start + batch] for name, v in block.values.items() if name in wanted}
+            return start, session.run(feeds | masks)
+
+        for start, got in (pool or Pool(1)).map(run, range(0, n, batch)):
+            _store(block.read, dict(zip(session.outputs, got, strict=True)), start, n)
+
+    def masks(self, candidates: Indices, session: Session | None = None) -> dict[str, Array]:
         """Feeds that mask each row's candidate, (k,), and all removed groups."""
+        types = self._types if session is None else {i.name: i.dtype for i in session.inputs}
         out = {}
         for k, groups in self._groups.items():
             name = _mask_name(k)
-            if name not in self._types:
-                continue
-            shape = (-1, *(1,) * (groups.ndim - 1))
-            alive = self._keep[k] & (groups != candidates.reshape(shape))
-            out[name] = alive.astype(self._types[name])
+            if name in types:
+                shape = (-1, *(1,) * (groups.ndim - 1))
+                alive = self._keep[k] & (groups != candidates.reshape(shape))
+                out[name] = alive.astype(types[name])
         return out
 
-    def run(self, block: Block, candidates: Indices, rows: Indices) -> Array:
+    def run(self, block: Block, candidates: Indices, rows: Indices, *, exact: bool = True) -> Array:
         """First output of the network for each pair, (k, ...).
 
         Args:
             block: Cut values.
             candidates: Group to mask in each row, `BASE` for none, (k,).
             rows: Position in `block` of each row's image, (k,).
+            exact: Run all nodes; otherwise take the `shortcut` where there is one.
         """
         if self.by_row:
-            return self._run_rows(block, candidates, rows)
+            n = len(rows)
+            if n == 1:  # a single row takes another matrix kernel, which rounds differently
+                candidates, rows = np.repeat(candidates, 2), np.repeat(rows, 2)
+            short = None if exact else self.shortcut
+            run = (
+                self._run_rows(block, candidates, rows)
+                if short is None
+                else self._run_short(short, block, candidates, rows)
+            )
+            return run[:n]
         out: Array | None = None
         for group in np.unique(candidates).tolist():
             where = np.flatnonzero(candidates == group)
@@ -141,13 +192,24 @@ class Site:
         return out
 
     def _run_rows(self, block: Block, candidates: Indices, rows: Indices) -> Array:
-        n = len(rows)
-        if n == 1:  # a single row takes another matrix kernel, which rounds differently
-            candidates, rows = np.repeat(candidates, 2), np.repeat(rows, 2)
         feeds: dict[str, Any] = {PREFIX + "all." + name: value for name, value in block.values.items()}
         feeds[PREFIX + "rows"] = rows
         feeds.update(self.masks(candidates))
-        return self.suffix.run(feeds)[0][:n]
+        return self.suffix.run(feeds)[0]
+
+    def _run_short(self, short: Shortcut, block: Block, candidates: Indices, rows: Indices) -> Array:
+        feeds: dict[str, Any] = {PREFIX + "rows": rows}
+        feeds |= {f"{PREFIX}all.{name}": value for part in (block.values, block.read) for name, value in part.items()}
+        for reader in short.readers:
+            if PREFIX + "flat." + reader.value in feeds:
+                continue
+            value = block.values[reader.value]
+            feeds[PREFIX + "flat." + reader.value] = value.reshape(-1, *value.shape[2:])
+            position, channels = reader.lookup(candidates)
+            feeds[PREFIX + "candidate." + reader.value] = position
+            feeds[PREFIX + "channel." + reader.value] = rows[:, None] * value.shape[1] + channels
+        feeds.update(self.masks(candidates, short.suffix))
+        return short.suffix.run({i.name: feeds[i.name] for i in short.suffix.inputs})[0]
 
     def _run_shared(self, block: Block, group: int, rows: Indices) -> Array:
         masks = self.masks(np.asarray([group]))
@@ -159,6 +221,14 @@ class Site:
             feeds = {name: value[where] for name, value in block.values.items()}
             parts.append(self.suffix.run(feeds | masks)[0])
         return np.concatenate(parts)[: len(rows)]
+
+
+def _store(into: dict[str, Array], parts: Mapping[str, Array], start: int, n: int) -> None:
+    """Put a batch's values at `start` of arrays for n images."""
+    for name, value in parts.items():
+        if name not in into:
+            into[name] = np.empty((n, *value.shape[1:]), value.dtype)
+        into[name][start : start + len(value)] = value
 
 
 def open_site(
@@ -185,6 +255,8 @@ def open_site(
         try:
             site = _row_site(space, network, reads, removed)
             if sample is None or _agrees(site, network, sample, removed):
+                if sample is not None:
+                    _shorten(site, network, removed, sample)
                 return site
         except (ModelError, DataError):
             pass  # a graph that mixes its rows, or cannot be cut: the whole network for each candidate
@@ -215,6 +287,54 @@ def _row_site(space: ChannelSpace, network: Network, reads: tuple[int, ...], rem
     site = Site(space, reads, prefix, _session(space, suffix_proto, network), cut)
     site.set_removed(removed)
     return site
+
+
+def _shorten(site: Site, network: Network, removed: Collection[int], sample: Mapping[str, Array]) -> None:
+    """Give the site a shortcut over its linear readers, if it has some and outputs stay the same but for rounding."""
+    space = site.space
+    entries = [k for k in site.reads if k in site.entries]
+    readers = linear_readers(space, network.proto, entries) if entries else None
+    if not readers:
+        return
+    values = [space.reads[k].value for k in entries]
+    outputs = [reader.output for reader in readers]
+    proto = _masked(space, network.proto, site.reads, removed)
+    types = _types(space, proto)
+    masks = [_mask_name(k) for k in entries]
+    try:
+        reader = _session(space, extract(proto, [*values, *masks], outputs, types), network)
+        rest = [_mask_name(k) for k in site.reads if k not in entries]
+        suffix = extract(proto, [*dict.fromkeys([*site.cut, *outputs]), *rest], _outputs(proto), types)
+        used = {name for node in suffix.graph.node for name in uses(node)}
+        if set(outputs) - used:
+            return  # Z is the network's output itself
+        kept = [i for i in suffix.graph.input if i.name in used and i.name not in outputs]
+        del suffix.graph.input[:]
+        suffix.graph.input.extend(kept)
+        _gather_rows(suffix, site.cut)
+        subtract(suffix, readers, PREFIX + "rows", types)
+        site.shortcut = Shortcut(tuple(readers), reader, _session(space, suffix, network))
+        doubt = _rounding(site, network, sample)
+    except (ModelError, DataError):
+        doubt = None
+    site.shortcut = None if doubt is None or site.shortcut is None else replace(site.shortcut, doubt=doubt)
+
+
+def _rounding(site: Site, network: Network, sample: Mapping[str, Array]) -> float | None:
+    """A distance of outputs far beyond what the shortcut's rounding can bridge; None if it is no matter of rounding."""
+    feeds = {i.name: value for i, value in zip(network.inputs, network.session.bind(sample).values(), strict=True)}
+    n = len(next(iter(feeds.values())))
+    block = site.load(lambda at: {name: value[at] for name, value in feeds.items()}, np.arange(n), n)
+    site.refresh(block, n)
+    groups = [g for g in np.unique(site.space.reads[site.entries[0]].groups).tolist() if g >= 0]
+    tried = np.asarray([BASE, *groups[:: max(1, len(groups) // 16)]], np.int64)
+    candidates, rows = np.repeat(tried, n), np.tile(np.arange(n), len(tried))
+    exact = site.run(block, candidates, rows).astype(np.float64)
+    short = site.run(block, candidates, rows, exact=False).astype(np.float64)
+    if exact.shape != short.shape or not np.isfinite(exact).all():
+        return None
+    gap, scale = float(np.abs(exact - short).max()), max(1e-6, float(np.abs(exact).max()))
+    return None if not gap <= ROUNDING * scale else max(SAFETY * gap, 1e-5 * scale)
 
 
 def _session(space: ChannelSpace, proto: onnx.ModelProto, network: Network) -> Session:
@@ -359,16 +479,3 @@ def _agrees(site: Site, network: Network, sample: Mapping[str, Array], removed: 
     scale = max(1e-6, float(np.abs(want.astype(np.float64)).max()))
     loose = 3e-2 if want.dtype == np.float16 else 1e-3  # rounding; rows that mix are off by far more
     return float(np.abs(got.astype(np.float64) - want.astype(np.float64)).max()) <= loose * scale
-
-
-def check_reads(space: ChannelSpace, groups: Collection[int], known: Mapping[int, tuple[int, ...]]) -> None:
-    """All groups are in the space.
-
-    Raises:
-        InternalError: One is not.
-    """
-    for group in groups:
-        if not 0 <= group < len(space.groups):
-            raise InternalError(
-                f"Group {group} is not among the {len(space.groups)} of the space ({len(known)} are read)."
-            )
