@@ -274,6 +274,7 @@ class _Loop:
         if self.stop.max_drop is not None:
             self.keep_promise(self.stop.max_drop)
         self.close()
+        self.report(self.done, stopped)
         return Path(tuple(self.steps), _sorted(self.back), base, stopped)
 
     def exhaust(self, field: Field, later: int) -> str:
@@ -426,9 +427,13 @@ class _Loop:
     def tell(self, field: Field, later: int, n_candidates: int, filters: int | None) -> None:
         if self.progress is not None:
             total = self.done + self.estimate(field, n_candidates, filters) + later
+            self.report(total, field.name)
+
+    def report(self, total: int, where: str) -> None:
+        if self.progress is not None:
             drop = self.steps[-1].mark.drop if self.steps and self.steps[-1].mark is not None else None
             lost = "" if drop is None else f", drop {drop:.4f}"
-            self.progress.update(self.done, total, f"{field.name}: {len(self.steps)} groups removed{lost}")
+            self.progress.update(self.done, total, f"{where}: {len(self.steps)} groups removed{lost}")
 
 
 def _crc(removed: Collection[int]) -> int:
