@@ -168,6 +168,7 @@ class Layer:
         kind: "conv" (Conv, ConvTranspose), "depthwise" (its filters follow its input), "dense" (Gemm, MatMul).
         groups: For each filter its group's id, -1 = protected.
         axis: Axis of the weight that holds the filters.
+        position: Index of the node in the main graph; names need not be unique.
     """
 
     index: int
@@ -178,6 +179,7 @@ class Layer:
     kind: str
     groups: npt.NDArray[np.int32]
     axis: int = 0
+    position: int = -1
 
 
 @dataclass(frozen=True)
@@ -333,25 +335,17 @@ class ChannelSpace:
             out.setdefault(layer.weight, layer)
         return out
 
-    @cached_property
-    def _producer_sites(self) -> dict[int, Site]:
-        nodes = {n.name or f"{n.op_type}_{i}": i for i, n in enumerate(self.model.proto.graph.node)}
-        weights = {(s.node, s.input): s for s in self.sites}
-        return {
-            x.index: weights[key] for x in self.layers for key in [(nodes[x.node], self._weight_input(nodes[x.node]))]
-        }
-
     def _weight_input(self, node: int) -> int:
         inputs = self.model.proto.graph.node[node].input
         return 1 if self.facts.constant(inputs[1]) else 0
 
     def weight(self, layer: Layer) -> npt.NDArray[Any]:
         """Weights of a layer with the filters on axis 0: (filters, ...), in the order of the original file."""
-        site = self._producer_sites[layer.index]
-        values = self.facts.array(self.model.proto.graph.node[site.node].input[site.input])
+        node = self.model.proto.graph.node[layer.position]
+        values = self.facts.array(node.input[self._weight_input(layer.position)])
         moved = np.moveaxis(values, layer.axis, 0)
         if moved.shape[0] != layer.filters:  # ConvTranspose with conv_groups: filters are (blocks, per block)
-            moved = values.reshape(site.blocks, -1, *values.shape[1:]).swapaxes(1, 2)
+            moved = values.reshape(layer.filters // values.shape[1], -1, *values.shape[1:]).swapaxes(1, 2)
             moved = moved.reshape(layer.filters, -1, *values.shape[2:])
         return moved
 
@@ -372,7 +366,7 @@ class ChannelSpace:
     @cached_property
     def _readers(self) -> dict[int, list[tuple[Site, int]]]:
         out: dict[int, list[tuple[Site, int]]] = {}
-        writers = {(s.node, s.input, self.layers[i].axis) for i, s in self._producer_sites.items()}
+        writers = {(x.position, self._weight_input(x.position), x.axis) for x in self.layers}
         terms = {t.node for t in self.terms}
         for site in self.sites:
             name = self.model.proto.graph.node[site.node].input[site.input]

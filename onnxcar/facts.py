@@ -224,8 +224,34 @@ def _walk(model: Model, initializers: dict[str, onnx.TensorProto], batch: int, s
             return small[name]
         return None
 
+    declared = _declared(model.proto.graph, out.types)
     for node in model.proto.graph.node:
         step(node, out, known, versions, opset, model)
+        for name in node.output:
+            if name in declared and out.shape(name) is None:
+                out.types[name] = declared[name]
+    return out
+
+
+def _declared(graph: onnx.GraphProto, inputs: dict[str, onnx.TypeProto]) -> dict[str, onnx.TypeProto]:
+    """Types that the file itself notes, where every size is a number or a symbol of an input.
+
+    What inference cannot do (functions, branches, other domains) is often written down by the exporter.
+    """
+    symbols: dict[str, int] = {}
+    for i in graph.input:
+        if i.name in inputs and i.type.HasField("tensor_type"):
+            for old, new in zip(i.type.tensor_type.shape.dim, inputs[i.name].tensor_type.shape.dim, strict=True):
+                if old.dim_param:
+                    symbols.setdefault(old.dim_param, new.dim_value)
+    out = {}
+    for info in (*graph.value_info, *graph.output):
+        kind = info.type.tensor_type
+        if not info.type.HasField("tensor_type") or not kind.HasField("shape"):
+            continue
+        dims = [d.dim_value if d.HasField("dim_value") else symbols.get(d.dim_param, -1) for d in kind.shape.dim]
+        if all(n >= 0 for n in dims):
+            out[info.name] = helper.make_tensor_type_proto(kind.elem_type, dims)
     return out
 
 

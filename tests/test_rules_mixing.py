@@ -206,18 +206,8 @@ def test_lp_normalization_over_positions():
 
 # --- reductions --------------------------------------------------------------------------------------------------
 
-REDUCTIONS = [
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceSum",
-    "ReduceSumSquare",
-]
+REDUCTIONS = [f"Reduce{what}" for what in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum")]
+REDUCTIONS.append("ReduceSumSquare")
 
 
 @pytest.mark.parametrize("opset", [11, 13, 18])
@@ -242,7 +232,7 @@ def test_sums_over_channels_read_them(op, keepdims):
     model = net.model(net.head(y))
     space = analyze(model)
     assert n_groups(space, "conv") == C
-    assert [r.value for r in space.reads][0] == a
+    assert space.reads[0].value == a
     assert_exact(model)
 
 

@@ -303,7 +303,15 @@ def _layers(walk: Walk, ids: dict[int, int]) -> tuple[list[Layer], dict[int, lis
         node = walk.graph.node[raw.node]
         layers.append(
             Layer(
-                index, walk.name(raw.node), node.op_type, weight_name(walk, raw), len(roots), raw.kind, groups, raw.axis
+                index,
+                walk.name(raw.node),
+                node.op_type,
+                weight_name(walk, raw),
+                len(roots),
+                raw.kind,
+                groups,
+                raw.axis,
+                raw.node,
             )
         )
     return layers, members

@@ -81,9 +81,26 @@ def patch_shapes(space: ChannelSpace, bench: Bench) -> None:
                 for x in node.input:
                     v.type(x)
                 step(node, v.trace, v.known, versions, opset, space.model)
+                _assumed(space, bench, v, node)
         bench.nodes[index] = placed
     for v in views:
         _check(space, bench, v)
+
+
+def _assumed(space: ChannelSpace, bench: Bench, view: _View, node: onnx.NodeProto) -> None:
+    """What inference cannot tell of an op has the shape it had, with its channels at their new counts."""
+    for name in node.output:
+        old = view.old.shape(name) if name else None
+        if old is None or view.trace.shape(name) is not None:
+            continue
+        labels, dims = space.labels.get(name), list(old)
+        if labels is not None:
+            dims = [int(bench.along(labels, a).sum()) if labels.shape[a] > 1 else n for a, n in enumerate(old)]
+        kind = view.old.types[name].tensor_type.elem_type
+        view.trace.types[name] = helper.make_tensor_type_proto(kind, dims)
+
+
+_FILLS = ("ConstantOfShape", "Expand", "Tile")  # make data, however small, of a computed shape
 
 
 def _borders(space: ChannelSpace) -> frozenset[int]:
@@ -96,9 +113,10 @@ def _borders(space: ChannelSpace) -> frozenset[int]:
         found = frozenset(
             i
             for i, n in enumerate(space.model.proto.graph.node)
-            if any(x in derived for x in n.input) and not all(o in values for o in n.output if o)
+            if any(x in derived for x in n.input)
+            and (n.op_type in _FILLS or not all(o in values for o in n.output if o))
         )
-        object.__setattr__(space, "_border_nodes", found)
+        space.__dict__["_border_nodes"] = found  # frozen for callers; this is a cache
     return found
 
 
@@ -115,6 +133,8 @@ def _patched(
     extra: list[onnx.NodeProto] = []
     for k, name in enumerate(original.input):
         if k >= len(node.input) or node.input[k] != name or space.facts.constant(name):
+            continue
+        if name in space.labels:  # data with channels, not a size
             continue
         old = [v.old.values.get(name) for v in views]
         new = [v.known(name) for v in views]
@@ -140,14 +160,8 @@ def _replace(bench: Bench, views: list[_View], node: onnx.NodeProto, k: int, wan
         return []
     steady = want[0] == want[1]
     new = [v.known(name) for v in views]
-    for n, w in zip(new, want, strict=True):
-        if n is None or not np.array_equal(n[~steady], w[~steady]):
-            raise UnsupportedError(
-                f"Node '{node.name}' computes a size from the batch and from channels that are to go. "
-                "Export the model with a fixed batch, or keep these channels with --exclude.",
-                node=node.name,
-                op_type=node.op_type,
-            )
+    if any(n is None or not np.array_equal(n[~steady], w[~steady]) for n, w in zip(new, want, strict=True)):
+        return _scaled(bench, views, node, k, want)
     mask = bench.tensors.constant(steady, f"{name}_fixed")
     sizes = bench.tensors.constant(np.where(steady, want[0], 0).astype(want[0].dtype), f"{name}_sizes")
     out = bench.fresh(name)
@@ -158,6 +172,52 @@ def _replace(bench: Bench, views: list[_View], node: onnx.NodeProto, k: int, wan
         v.trace.values[out] = w
         v.trace.types[out] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(w.dtype), list(w.shape))
     return [made]
+
+
+def _scaled(bench: Bench, views: list[_View], node: onnx.NodeProto, k: int, want: list[Array]) -> list[onnx.NodeProto]:
+    """A number of elements, of batch and channels at once: the original's times a ratio of counts.
+
+    Raises:
+        UnsupportedError: It is none, as where a number of channels is added to one of samples.
+    """
+    name = node.input[k]
+    a, b = (v.known(name) for v in views)
+    if a is None or b is None or not _proportional(want, [a, b]):
+        raise UnsupportedError(
+            f"Node '{node.name}' computes a size from the batch and from channels that are to go. "
+            "Export the model with a fixed batch, or keep these channels with --exclude.",
+            node=node.name,
+            op_type=node.op_type,
+        )
+    out = bench.fresh(name)
+    if np.issubdtype(a.dtype, np.integer):
+        common = np.gcd(want[0], a)
+        times = bench.tensors.constant(np.asarray(want[0] // common, a.dtype), f"{name}_times")
+        over = bench.tensors.constant(np.asarray(a // common, a.dtype), f"{name}_over")
+        product = bench.fresh(f"{name}_product")
+        made = [
+            helper.make_node("Mul", [name, times], [product], product),
+            helper.make_node("Div", [product, over], [out], out),
+        ]
+    else:
+        times = bench.tensors.constant(np.asarray(want[0] / a, a.dtype), f"{name}_times")
+        made = [helper.make_node("Mul", [name, times], [out], out)]
+    node.input[k] = out
+    _announce(bench, views)
+    for v, w in zip(views, want, strict=True):
+        v.trace.values[out] = w
+        v.trace.types[out] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(w.dtype), list(w.shape))
+    return made
+
+
+def _proportional(want: list[Array], new: list[Array]) -> bool:
+    """Whether one ratio for each entry leads from `new` to `want` at both batch sizes."""
+    if any((n == 0).any() for n in new):
+        return False
+    left, right = np.asarray(want[0], np.float64) * new[1], np.asarray(want[1], np.float64) * new[0]
+    if np.issubdtype(new[0].dtype, np.integer):
+        return np.array_equal(left, right)
+    return np.issubdtype(new[0].dtype, np.floating) and np.allclose(left, right, rtol=1e-5, atol=0)
 
 
 def _announce(bench: Bench, views: list[_View]) -> None:
