@@ -27,6 +27,8 @@ __all__ = ["Model", "check_output", "count_params", "from_proto", "load", "param
 MAX_PROTO_BYTES = 2**31 - 1
 # External data above this many bytes stays on disk until a tensor is asked for.
 LAZY_BYTES = 2**30
+# Above this the digest of a protobuf is taken tensor by tensor: serializing it would double the memory.
+_DIGEST_BYTES = 2**24
 # Tensors up to this size are read in any case, so that shape constants are at hand.
 _SMALL_BYTES = 65536
 # Smaller tensors stay in the .onnx file when the rest goes to the data file.
@@ -124,7 +126,7 @@ def load(path: str | os.PathLike[str]) -> Model:
 def from_proto(proto: onnx.ModelProto, path: str | os.PathLike[str] | None = None) -> Model:
     """A protobuf as a model, checked like a file; it is not copied and must not be changed afterwards.
 
-    External tensors stay external. ``sha256`` is that of the serialized bytes; above 1 GiB, which is too much to
+    External tensors stay external. ``sha256`` is that of the serialized bytes; above 16 MiB, which is too much to
     serialize for that, of the protobuf without its weights, followed by each weight.
 
     Args:
@@ -323,7 +325,7 @@ def _digest_files(files: Sequence[Path]) -> tuple[str, int]:
 
 def _digest_proto(proto: onnx.ModelProto) -> tuple[str, int]:
     """Hash and bytes of a protobuf; see `from_proto`."""
-    if _held_bytes(proto) <= LAZY_BYTES:
+    if _held_bytes(proto) <= _DIGEST_BYTES:
         data = _serialize(proto)
         return hashlib.sha256(data).hexdigest(), len(data)
     data = _serialize(_tensors.copy_without_weights(proto))

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnxcar._tensors import copy_without_weights
 from onnxcar.channels import ChannelSpace
 from onnxcar.model import Model
 from onnxcar.surgery._plan import Plan, checked
@@ -22,9 +23,15 @@ def mask(space: ChannelSpace, plan: Plan) -> Model:
     Raises:
         PlanError: The plan does not fit the model or empties a value.
     """
+    proto = masked_structure(space, plan)
+    proto.graph.initializer.extend(space.model.proto.graph.initializer)
+    return space.model.with_proto(proto)
+
+
+def masked_structure(space: ChannelSpace, plan: Plan) -> onnx.ModelProto:
+    """`mask` without the original's initializers, which are not touched: what it adds is little."""
     table = space.alive(checked(space, plan))
-    proto = onnx.ModelProto()
-    proto.CopyFrom(space.model.proto)
+    proto = copy_without_weights(space.model.proto)
     graph = proto.graph
     proto.ir_version = max(proto.ir_version, 4)  # masks are initializers that are no inputs
     before: dict[int, list[onnx.NodeProto]] = {}
@@ -51,4 +58,4 @@ def mask(space: ChannelSpace, plan: Plan) -> Model:
     copied = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
     del graph.node[:]
     graph.node.extend(copied)
-    return space.model.with_proto(proto)
+    return proto

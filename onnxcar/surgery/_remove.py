@@ -15,6 +15,7 @@ from onnxcar.model import Model
 from onnxcar.surgery._edits import EDITS, Bench
 from onnxcar.surgery._plan import Plan, checked
 from onnxcar.surgery._shapes import patch_shapes
+from onnxcar.surgery._spill import Spill, spill_for
 from onnxcar.surgery._tensors import Cut, Tensors, cut_of
 
 
@@ -42,7 +43,8 @@ def remove(space: ChannelSpace, plan: Plan) -> Model:
         return name
 
     nodes = [[_copied(n)] for n in space.model.proto.graph.node]
-    tensors = Tensors(space.facts, nodes, fresh)
+    spill = spill_for(space.model)
+    tensors = Tensors(space.facts, nodes, fresh, spill)
     cuts: dict[tuple[int, int], Cut] = {}
     for site in space.sites:
         cut = cut_of(site, table)
@@ -55,8 +57,8 @@ def remove(space: ChannelSpace, plan: Plan) -> Model:
     for edit in space.edits:
         EDITS[edit.kind](bench, edit)
     patch_shapes(space, bench)
-    proto = _assemble(space, bench)
-    return space.model.with_proto(proto)
+    proto = _assemble(space, bench, spill)
+    return space.model.with_proto(proto) if spill is None else spill.model(proto)
 
 
 def _copied(node: onnx.NodeProto) -> onnx.NodeProto:
@@ -77,7 +79,7 @@ def _names(proto: onnx.ModelProto) -> set[str]:
     return names
 
 
-def _assemble(space: ChannelSpace, bench: Bench) -> onnx.ModelProto:
+def _assemble(space: ChannelSpace, bench: Bench, spill: Spill | None) -> onnx.ModelProto:
     old = space.model.proto
     proto = onnx.ModelProto()
     for field, value in old.ListFields():
@@ -97,7 +99,12 @@ def _assemble(space: ChannelSpace, bench: Bench) -> onnx.ModelProto:
         if t.name in was_used and t.name not in used:
             dropped.add(t.name)
             continue
-        graph.initializer.add().CopyFrom(bench.tensors.replaced.get(t.name, t))
+        cut = bench.tensors.replaced.get(t.name)
+        graph.initializer.add().CopyFrom(cut if cut is not None else t if spill is None else spill.put(t))
+        if cut is not None:
+            # its shape is still asked for; its values are in place, and this copy of them is freed
+            bench.tensors.replaced[t.name] = onnx.TensorProto(name=t.name, dims=cut.dims, data_type=cut.data_type)
+            del cut
     added = [t for t in bench.tensors.added if t.name in used]
     for t in added:
         graph.initializer.add().CopyFrom(t)

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from onnxcar.channels import Site
 from onnxcar.facts import Facts, attribute, uses
+from onnxcar.surgery._spill import Spill
 
 Array = npt.NDArray[Any]
 
@@ -55,11 +56,18 @@ def cut_of(site: Site, table: npt.NDArray[np.bool_]) -> Cut | None:
 class Tensors:
     """The constants of the graph under surgery."""
 
-    def __init__(self, facts: Facts, nodes: list[list[onnx.NodeProto]], fresh: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        facts: Facts,
+        nodes: list[list[onnx.NodeProto]],
+        fresh: Callable[[str], str],
+        spill: Spill | None = None,
+    ) -> None:
         self._facts = facts
         self._graph = facts.model.proto.graph
         self._nodes = nodes  # new nodes by original index; the original one is still the first of its list
         self._fresh = fresh
+        self._spill = spill
         self.replaced: dict[str, onnx.TensorProto] = {}
         self.added: list[onnx.TensorProto] = []
 
@@ -98,8 +106,11 @@ class Tensors:
         return self._facts.array(name)
 
     def _new(self, values: Array, name: str) -> str:
-        self.added.append(numpy_helper.from_array(np.asarray(values), name))
+        self.added.append(self._stored(numpy_helper.from_array(np.asarray(values), name)))
         return name
+
+    def _stored(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        return tensor if self._spill is None else self._spill.put(tensor)
 
     def constant(self, values: Array, like: str) -> str:
         """A new initializer with a name made from `like`."""
@@ -155,4 +166,4 @@ class Tensors:
         made.doc_string = tensor.doc_string
         if made.data_type != tensor.data_type:
             made.data_type = tensor.data_type
-        return made
+        return self._stored(made)

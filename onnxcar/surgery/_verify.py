@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from onnxcar._tensors import copy_without_weights
 from onnxcar.channels import ChannelSpace
-from onnxcar.errors import InternalError, ModelError
+from onnxcar.errors import InternalError
 from onnxcar.facts import BATCHES, SIZES, input_types
 from onnxcar.model import Model
-from onnxcar.surgery._mask import mask
+from onnxcar.surgery._mask import masked_structure
 from onnxcar.surgery._plan import Plan
+from onnxcar.surgery._runs import outputs
 
 # Largest |difference| over the largest |reference| of an output. Summation order alone gives about 1e-6 in float32.
 TOLERANCE = {onnx.TensorProto.FLOAT: 1e-3, onnx.TensorProto.DOUBLE: 1e-6}
@@ -66,18 +68,15 @@ def verify(
         ModelError: The original itself does not run in ONNX Runtime.
     """
     feeds = dict(feeds) if feeds is not None else random_feeds(space.model, seed)
-    masked = mask(space, plan)
     names = _compared(space.model.proto)
-    want = _run(masked, feeds, names, "the masked original")
-    got = _run(pruned, feeds, names, "the pruned model")
+    want = outputs(masked_structure(space, plan), space.model, feeds, names, "the masked original")
+    got = outputs(copy_without_weights(pruned.proto), pruned, feeds, names, "the pruned model")
     worst_abs = worst_rel = 0.0
     for name, a, b in zip(names, want, got, strict=True):
         if a.shape != b.shape:
             raise InternalError(
                 f"Output '{name}' changed its shape from {a.shape} to {b.shape}. Please report the model."
             )
-        if not np.issubdtype(a.dtype, np.floating) and a.dtype != np.dtype("bfloat16" if False else a.dtype):
-            continue
         x, y = a.astype(np.float64), b.astype(np.float64)
         if not a.size:
             continue
@@ -86,7 +85,7 @@ def verify(
         scale = float(np.nanmax(np.abs(x), initial=0.0))
         relative = difference / (scale + 1e-30) if difference else 0.0
         limit = TOLERANCE.get(onnx.helper.np_dtype_to_tensor_dtype(a.dtype), _COARSE)
-        if not np.issubdtype(a.dtype, np.floating):
+        if not _is_float(a):
             continue  # indices flip on ties; the floats behind them are compared
         if relative > limit:
             raise InternalError(
@@ -127,6 +126,10 @@ def random_feeds(model: Model, seed: int = 0, batch: int = BATCHES[0], size: int
     return feeds
 
 
+def _is_float(a: npt.NDArray[Any]) -> bool:
+    return bool(np.issubdtype(a.dtype, np.floating)) or a.dtype.name in ("bfloat16", "float16")
+
+
 def _compared(proto: onnx.ModelProto) -> list[str]:
     """Outputs, and what enters the saturating ops that make them."""
     made = {o: n for n in proto.graph.node for o in n.output}
@@ -139,21 +142,3 @@ def _compared(proto: onnx.ModelProto) -> list[str]:
             node = made.get(node.input[0])
     inputs = {i.name for i in proto.graph.input} | {t.name for t in proto.graph.initializer}
     return [n for n in dict.fromkeys(names) if n not in inputs]
-
-
-def _run(model: Model, feeds: Mapping[str, Any], names: list[str], what: str) -> list[npt.NDArray[Any]]:
-    import onnxruntime as ort
-
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    there = {o.name for o in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in there)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    try:
-        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return list(session.run(names, dict(feeds)))
-    except Exception as exc:
-        line = str(exc).strip().splitlines()[0][:300]
-        raise ModelError(f"ONNX Runtime cannot run {what}: {line}. Check that the original runs there.") from exc
