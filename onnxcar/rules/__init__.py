@@ -128,6 +128,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("ArgMax", "ArgMin", "TopK", "CumSum"), m.along_axis),
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), x.reshape),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), e.quantize),
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), p.recurrent),
     **dict.fromkeys(("Resize", "Upsample"), e.resize),
     **dict.fromkeys(("Shape", "Size"), _nothing),
     "BatchNormalization": e.batch_norm,
@@ -157,6 +158,8 @@ RULES: dict[str, Rule] = {
     "Transpose": x.transpose,
 }
 
+_MAKERS = (p.conv, p.conv_transpose, p.gemm, p.matmul, x.expand)  # rules that make labels where none enter
+
 
 def analyze(model: Model, *, norms: str = "protect", facts: Facts | None = None) -> ChannelSpace:
     """Layers, groups, sites and reads of a model; no weight is read.
@@ -177,7 +180,7 @@ def analyze(model: Model, *, norms: str = "protect", facts: Facts | None = None)
         rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if (node.domain, node.op_type) in functions:
             rule = None
-        if rule is not None and (touched or rule in (p.conv, p.conv_transpose, p.gemm, p.matmul)):
+        if rule is not None and (touched or rule in _MAKERS):
             _apply(walk, rule, touched)
         elif rule is None and (touched or inner):
             walk.unsupported[node.op_type] = walk.unsupported.get(node.op_type, 0) + 1
@@ -199,6 +202,7 @@ def _apply(walk: Walk, rule: Rule, touched: list[int]) -> None:
         for name in walk.node.output:
             walk.labels.pop(name, None)
         op = walk.node.op_type
-        walk.unsupported[op] = walk.unsupported.get(op, 0) + bool(touched)
+        if touched:
+            walk.unsupported[op] = walk.unsupported.get(op, 0) + 1
         for k in touched:
             walk.protect(walk.lab_raw(k), f"{op}: {exc}")

@@ -25,6 +25,8 @@ def tie(w: Walk) -> None:
     op = w.node.op_type
     total: Labels = np.zeros((1,) * rank, np.int64)
     carried: tuple[int, ...] = (1,) * rank  # sizes of what `total` was made from
+    fills = [k for k in live if shapes[k] == out_shape and w.filled(k)]
+    live = [k for k in live if k not in fills] or live[:1]
     for k in live:
         labels, shape = aligned(w.lab(k), rank), shapes[k]
         total, labels = _meet(w, total, carried, labels, shape, op)
@@ -37,8 +39,11 @@ def tie(w: Walk) -> None:
                 w.tie(total, labels, f"{op} ties channels of different axes")
                 total = np.ascontiguousarray(np.broadcast_arrays(total, labels)[0])
         carried = tuple(max(a, b) for a, b in zip(carried, shape, strict=True))
+    for k in fills:
+        if k not in live and axes_of(total):
+            w.fill(k, total)
     for k, shape in shapes.items():
-        if k not in live:
+        if w.constant(k):
             pad = rank - len(w.shape(k))
             w.site(k, {a - pad: (total, a) for a in axes_of(total) if shape[a] > 1})
     w.emit(total)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from onnxcar.channels import Labels
@@ -30,6 +28,10 @@ def concat(w: Walk) -> None:
         want = [n if a in others or (a == axis and carries) else 1 for a, n in enumerate(shapes[k])]
         if w.constant(k):
             x = _constant_part(w, k, axis, donor, carries=carries, others=others)
+        elif not others and w.filled(k):
+            # one number everywhere, as long as a computed shape says: that entry of the shape follows
+            x = w.fresh(shapes[k][axis]).reshape([n if a == axis else 1 for a, n in enumerate(shapes[k])])
+            w.fill(k, x)
         elif any(x.shape[a] == 1 for a in others):
             x = np.zeros_like(x)  # no labels along an axis where the other parts have some: fixed there
         parts.append(np.broadcast_to(x, want))
@@ -169,13 +171,18 @@ def transpose(w: Walk) -> None:
 
 
 def expand(w: Walk) -> None:
-    """Expand: labelled axes keep their size; a channel axis that grows out of size 1 has labels of its own."""
+    """Expand: labelled axes keep their size; a constant that is repeated over the batch has labels of its own."""
     before, after = w.shape(0), w.out_shape()
     labels = w.lab(0)
+    if w.constant(0):
+        axis = max((a for a, n in enumerate(before) if n > 1), default=None)
+        if axis is None:
+            return
+        labels = w.fresh(before[axis]).reshape([-1 if a == axis else 1 for a in range(len(before))])
+        w.site(0, {axis: (labels, axis)})
     labels = labels.reshape((1,) * (len(after) - labels.ndim) + labels.shape)
     if axes_of(labels):
         w.edit("target", input=1, labels=labels, axes=None)
-    del before
     w.emit(labels)
 
 
@@ -230,9 +237,8 @@ def pad(w: Walk) -> None:
         if str(w.attr("mode", "constant")) != "constant" or before < 0 or after < 0:
             raise Refused("it pads or crops channels by other than a constant")
         own = [w.fresh(n).reshape([n if x == a else 1 for x in range(rank)]) for n in (before, after)]
-        other = [n if x != a else 1 for x, n in enumerate(out.shape)]
-        if math.prod(other) > 1:
-            raise Refused("it pads joint channels")
+        for other in [x for x in axes_of(out) if x != a]:
+            out = w.same_along(out, other, "it pads one axis of joint channels")
         plan[a] = (own[0].ravel(), own[1].ravel())
         out = np.concatenate([own[0], out, own[1]], axis=a)
     if plan:

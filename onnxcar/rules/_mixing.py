@@ -193,8 +193,12 @@ def einsum(w: Walk) -> None:
         raise Refused("its equation takes a diagonal")
     n = len(terms)
     arrays = [w.lab(k) for k in range(n)]
-    if any(len(axes_of(x)) > 1 for x in arrays):
-        raise Refused("it contracts joint channels")
+    for k, t in enumerate(terms):
+        # joint channels follow one letter: a contracted one if there is, else the longest
+        free = max(axes_of(arrays[k]), key=lambda a: (t[a] not in out, arrays[k].shape[a]), default=-1)
+        for axis in axes_of(arrays[k]):
+            if axis != free:
+                arrays[k] = w.same_along(arrays[k], axis, "Einsum keeps equal sizes along the other axes")
     where: dict[str, Labels] = {}
     for k, t in enumerate(terms):
         for axis in axes_of(arrays[k]):
@@ -203,14 +207,19 @@ def einsum(w: Walk) -> None:
             if letter in where:
                 w.tie(where[letter], mine, "Einsum joins two values over these channels")
             where.setdefault(letter, mine)
+    own = {c: w.shape(k)[a] for k, t in enumerate(terms) if w.constant(k) for a, c in enumerate(t) if c in out}
+    own = {c: n for c, n in own.items() if n > 1 and sum(c in t for t in terms) == 1}
+    if own and not any(c in where for c in out):  # like a dense layer's, but of one axis only
+        letter = max(own, key=lambda c: own[c])
+        where[letter] = w.fresh(own[letter])
     for k, t in enumerate(terms):
-        for axis, letter in enumerate(t):
-            if letter not in where:
-                continue
-            if w.constant(k):
-                w.site(k, {axis: (where[letter], 0)})
-            elif arrays[k].shape[axis] == 1 and w.shape(k)[axis] > 1:
-                w.protect(where[letter], "Einsum joins them with a value whose channels are fixed")
+        hit = {axis: where[letter] for axis, letter in enumerate(t) if letter in where and w.shape(k)[axis] > 1}
+        if w.constant(k):
+            w.site(k, {axis: (labels, 0) for axis, labels in hit.items()})
+            continue
+        for axis, labels in hit.items():
+            if arrays[k].shape[axis] == 1:
+                w.protect(labels, "Einsum joins them with a value whose channels are fixed")
     for k, t in enumerate(terms):
         if not w.constant(k) and any(letter in where and letter not in out for letter in t):
             w.read(k)

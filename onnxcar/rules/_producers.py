@@ -225,6 +225,29 @@ def _contract(w: Walk) -> None:
         elif b.shape[axis] > 1 and shape_a[axis] > 1:
             b = w.protect_axis(b, [axis], "the other factor of the product has this axis fixed")
     if axes_of(a) and axes_of(b) and axes_of(a) != axes_of(b):
-        for axis in axes_of(b):
-            b = w.same_along(b, axis, "both axes of a product carry channels")
+        # one axis can follow: the rows, which a softmax leaves free, unless the columns hold far more that may go
+        text = "both axes of a product carry channels"
+        if w.freedom(b) > 2 * w.freedom(a):
+            a = w.protect_axis(a, axes_of(a), text)
+        else:
+            b = w.protect_axis(b, axes_of(b), text)
     w.emit(a if axes_of(a) else b)
+
+
+def recurrent(w: Walk) -> None:
+    """LSTM, GRU, RNN: W (directions, gates x hidden, in) reads the last axis of X; the state keeps all."""
+    for k in w.labelled():
+        if k:
+            w.protect(w.lab_raw(k), f"they steer {w.node.op_type}")
+    if 0 not in w.labelled():
+        return
+    if not w.constant(1):
+        raise Refused("its weight is computed from the input")
+    x = _channels_only(w, w.lab(0), 2)
+    w.read(0)
+    w.site(1, {2: (x, 0)})
+    directions, gates, n = w.shape(1)
+    if n != len(x):
+        raise Refused(f"its weight {w.shape(1)} does not fit its input {w.shape(0)}")
+    steps = w.shape(0)[1 if w.attr("layout", 0) else 0]
+    w.terms.append(RawTerm(w.index, float(directions * steps), x, np.zeros(gates, np.int64)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from onnxcar.channels import Classes, Edit, Labels, Reason
-from onnxcar.facts import Facts, Shape, attribute
+from onnxcar.facts import Facts, Shape, attribute, uses
 
 
 class Refused(Exception):
@@ -80,6 +81,8 @@ class Walk:
         self.unsupported: dict[str, int] = {}
         self.shared: dict[str, tuple[Labels, Labels]] = {}
         self.index = 0
+        self._outputs = {o.name for o in self.graph.output}
+        self._uses = {name: len(users) for name, users in uses(self.graph).items()}
 
     # --- what a rule sees -----------------------------------------------------------------------------------------
 
@@ -179,6 +182,10 @@ class Walk:
         self.tie(np.broadcast_to(first, labels.shape), labels, text)
         return first
 
+    def freedom(self, labels: Labels) -> int:
+        """How many classes among `labels` may still go."""
+        return sum(r != 0 and self.classes.reason(r) is None for r in np.unique(self.classes.roots(labels)).tolist())
+
     def site(self, k: int, axes: dict[int, tuple[Labels, int]], *, blocks: int = 1, rows: int = 0) -> None:
         """Constant input `k` is indexed by labels along `axes`: axis -> (label array, its axis)."""
         used = {a: v for a, v in axes.items() if v[0].any()}
@@ -197,6 +204,26 @@ class Walk:
         """The node needs a structural change once some of the labels in `args` are gone."""
         self.edits.append(Edit(self.index, kind, args))
 
+    def filled(self, k: int) -> bool:
+        """Whether input `k` is one number everywhere, as large as a computed shape says, and nothing else uses it."""
+        name = self.node.input[k]
+        maker = self.facts.producers.get(name)
+        if maker is None or self.facts.constant(name) or name in self.labels or name in self._outputs:
+            return False
+        node = self.graph.node[maker]
+        shape = self.facts.shape(node.input[0]) if node.op_type == "Expand" else None
+        single = node.op_type == "ConstantOfShape" or (
+            shape is not None and math.prod(shape) == 1 and self.facts.constant(node.input[0])
+        )
+        return single and self._uses.get(name, 0) == 1
+
+    def fill(self, k: int, labels: Labels) -> None:
+        """A `filled` input takes on `labels`: the shape it is made from follows."""
+        maker = self.facts.producers[self.node.input[k]]
+        sizes = 1 if self.graph.node[maker].op_type == "Expand" else 0
+        self.edits.append(Edit(maker, "target", {"input": sizes, "labels": labels, "axes": None}))
+        self.labels[self.node.input[k]] = labels
+
     def emit(self, labels: Labels, k: int = 0) -> None:
         """Output `k` carries `labels`; axes along which nothing differs lose theirs."""
         if len(self.node.output) <= k or not self.node.output[k]:
@@ -206,6 +233,8 @@ class Walk:
         labels = self.settle(labels, shape)
         if labels.any():
             self.labels[name] = labels
+            if name in self._outputs:
+                self.classes.protect(labels, Reason(name, "output", "is an output of the network"))
 
     def settle(self, labels: Labels, shape: Sequence[int]) -> Labels:
         """`labels` with size 1 along every axis that tells no positions apart; refuses a wrong shape."""
