@@ -129,6 +129,7 @@ def test_plan_of_a_dry_run_removes_the_same_filters(folder):
     assert not (folder / "p.onnx").exists()
     plan = json.loads((folder / "p.plan.json").read_text())
     assert set(plan) == {"schema", "model_sha256", "removed"}
+    assert {name: len(ids) for name, ids in plan["removed"].items()} == {"conv1_w": 3, "conv2_w": 2}
     done = run("prune", "m.onnx", "--plan", "p.plan.json", "-o", "p.onnx")
     assert done.exit_code == 0, done.output
     assert json.loads((folder / "p.json").read_text())["removed"] == plan["removed"]
@@ -277,10 +278,9 @@ def test_our_warnings_are_said_in_our_form_and_others_not(capsys):
 
 
 def test_a_reader_that_leaves_is_no_error_to_speak_of(folder):
-    command = f"{sys.executable} -m onnxcar inspect m.onnx --groups | head -n 1"
+    command = f"{sys.executable} -m onnxcar inspect m.onnx --groups | true"  # it leaves before a word is written
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=QUIET, timeout=60, check=False)
-    assert "m.onnx" in done.stdout
-    assert "Error" not in done.stderr
+    assert "rror" not in done.stderr
     assert "BrokenPipe" not in done.stderr
 
 
