@@ -9,9 +9,10 @@ from pathlib import Path
 import onnx
 
 from onnxcar._tensors import is_external, n_bytes, raw_bytes
+from onnxcar.facts import SMALL
 from onnxcar.model import Model, from_proto
 
-_SMALL_BYTES = 65536  # smaller tensors stay in the protobuf
+_SMALL_BYTES = 8 * SMALL  # whatever shape arithmetic may look at stays in the protobuf
 _PAGE_BYTES = 4096
 
 
