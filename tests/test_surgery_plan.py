@@ -90,7 +90,7 @@ def test_indices_are_lists_of_integers(space, indices):
 
 
 def test_an_unknown_weight_is_refused(space):
-    with pytest.raises(PlanError, match="'nobody'.*no layer"):
+    with pytest.raises(PlanError, match=r"'nobody'.*no layer"):
         Plan.from_json(space, obj(space, nobody=[0]))
 
 
