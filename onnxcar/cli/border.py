@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 
 import click
 
@@ -36,24 +33,20 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
             code = command.main(
                 None if args is None else list(args), prog_name="onnxcar", standalone_mode=False, obj=terminal
             )
-            sys.stdout.flush()
             return code if isinstance(code, int) else DONE
         except click.exceptions.Exit as exc:
             return exc.exit_code
         except click.ClickException as exc:
             exc.show()
             return exc.exit_code
-        except BrokenPipeError:
-            # The reader left (`| head`): no message, and none from the interpreter's own flush either.
-            with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return REFUSED
+        except SystemExit:
+            raise  # click's own word for a reader that left (`| head`): exit 1, nothing said
         except BaseException as exc:
             return _explain(exc, terminal)
 
 
 def _explain(exc: BaseException, terminal: Terminal) -> int:
-    if terminal.traceback and not isinstance(exc, SystemExit | GateNotMetError):
+    if terminal.traceback and not isinstance(exc, GateNotMetError):
         traceback.print_exception(exc)
     if isinstance(exc, GateNotMetError):
         terminal.error(str(exc))
