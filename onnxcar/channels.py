@@ -242,6 +242,7 @@ class ChannelSpace:
 
     Attributes:
         labels: Group ids of every value that has channels.
+        crossing: Further group ids of products that have channels on their columns as well as on their rows.
         keep_one: Sets of group ids of which at least one must stay: each is a whole axis of some value.
     """
 
@@ -255,6 +256,7 @@ class ChannelSpace:
     edits: tuple[Edit, ...]
     terms: tuple[Term, ...]
     labels: dict[str, Labels]
+    crossing: dict[str, Labels]
     keep_one: tuple[tuple[str, npt.NDArray[np.int64]], ...]
     unsupported: dict[str, int] = field(default_factory=dict)
     norms: str = "protect"

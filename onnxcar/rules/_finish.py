@@ -240,6 +240,7 @@ def _space(walk: Walk, inside: set[str]) -> ChannelSpace:
         edits=edits,
         terms=terms,
         labels=labels,
+        crossing={n: to_ids(x) for n, x in walk.crossing.items()},
         keep_one=unique_sets(sets),
         unsupported=walk.unsupported,
         norms=walk.norms,

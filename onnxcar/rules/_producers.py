@@ -144,7 +144,13 @@ def matmul(w: Walk) -> None:
     """MatMul: with a constant a dense layer along its axis; of two values a contraction."""
     a, b = w.constant(0), w.constant(1)
     if not a and not b:
-        _contract(w)
+        try:
+            _contract(w)
+        except Refused:
+            for name in w.node.input:
+                if name in w.crossing:
+                    w.protect(w.crossing[name], "both axes of a product carry channels")
+            raise
         return
     const, live = (0, 1) if a else (1, 0)
     shape, rank = w.shape(const), len(w.out_shape())
@@ -203,17 +209,15 @@ def _contract(w: Walk) -> None:
     for labels, keep, contracted in ((a, rank - 2, rank - 1), (b, rank - 1, rank - 2)):
         if labels.shape[keep] > 1 and labels.shape[contracted] > 1:
             raise Refused("both axes of a factor carry channels")
-    n = w.shape(0)[-1]
-    if a.shape[-1] > 1 or b.shape[-2] > 1:
-        left = a if a.shape[-1] > 1 else np.zeros((1,) * (rank - 1) + (n,), np.int64)
-        right = (b if b.shape[-2] > 1 else np.zeros((1,) * (rank - 2) + (n, 1), np.int64)).swapaxes(-1, -2)
-        w.tie(left, right, "the two factors of a product are contracted over these channels")
-        w.read(0, a.reshape(a.shape[rank - len(w.shape(0)) :]))
-        w.read(1, b.reshape(b.shape[rank - len(w.shape(1)) :]))
-        if a.shape[-1] > 1:
-            a = np.zeros((1,) * rank, np.int64)
-        if b.shape[-2] > 1:
-            b = np.zeros((1,) * rank, np.int64)
+    a, left = _rows_and_columns(w, 0, a, rank - 1)
+    b, right = _rows_and_columns(w, 1, b, rank - 2)
+    if left.shape[-1] > 1 or right.shape[-2] > 1:
+        n = w.shape(0)[-1]
+        one = left if left.shape[-1] > 1 else np.zeros((1,) * (rank - 1) + (n,), np.int64)
+        other = right if right.shape[-2] > 1 else np.zeros((1,) * (rank - 2) + (n, 1), np.int64)
+        w.tie(one, other.swapaxes(-1, -2), "the two factors of a product are contracted over these channels")
+        w.read(0, left.reshape(left.shape[rank - len(w.shape(0)) :]))
+        w.read(1, right.reshape(right.shape[rank - len(w.shape(1)) :]))
     shape_a = (1,) * (rank - len(w.shape(0))) + w.shape(0)
     shape_b = (1,) * (rank - len(w.shape(1))) + w.shape(1)
     for axis in range(rank - 2):
@@ -225,6 +229,13 @@ def _contract(w: Walk) -> None:
         elif b.shape[axis] > 1 and shape_a[axis] > 1:
             b = w.protect_axis(b, [axis], "the other factor of the product has this axis fixed")
     if axes_of(a) and axes_of(b) and axes_of(a) != axes_of(b):
+        if _feeds_products(w) and axes_of(a) == [rank - 2] and axes_of(b) == [rank - 1]:
+            w.emit(a)
+            if w.node.output[0] in w.labels:
+                w.crossing[w.node.output[0]] = b
+            else:
+                w.emit(b)
+            return
         # one axis can follow: the rows, which a softmax leaves free, unless the columns hold far more that may go
         text = "both axes of a product carry channels"
         if w.freedom(b) > 2 * w.freedom(a):
@@ -232,6 +243,34 @@ def _contract(w: Walk) -> None:
         else:
             b = w.protect_axis(b, axes_of(b), text)
     w.emit(a if axes_of(a) else b)
+
+
+def _rows_and_columns(w: Walk, k: int, labels: Labels, contracted: int) -> tuple[Labels, Labels]:
+    """Labels of a factor along what it keeps, and along its contracted axis; a product of products has both."""
+    none = np.zeros((1,) * labels.ndim, np.int64)
+    second = w.crossing.get(w.node.input[k])
+    second = none if second is None else aligned(second, labels.ndim)
+    both = [x for x in (labels, second) if axes_of(x)]
+    kept = [x for x in both if x.shape[contracted] == 1]
+    gone = [x for x in both if x.shape[contracted] > 1]
+    return (kept[0] if kept else none), (gone[0] if gone else none)
+
+
+def _feeds_products(w: Walk) -> bool:
+    """Whether all that follows is products with another value, which know labels on two axes."""
+    name, nodes = w.node.output[0], w.graph.node
+    users = w.users.get(name, [])
+    return (
+        bool(users)
+        and all(
+            k in (0, 1)
+            and nodes[i].op_type == "MatMul"
+            and not w.facts.constant(nodes[i].input[1 - k])
+            and nodes[i].input[1 - k] != name
+            for i, k in users
+        )
+        and all(o.name != name for o in w.graph.output)
+    )
 
 
 def recurrent(w: Walk) -> None:

@@ -79,10 +79,11 @@ class Walk:
         self.layers: list[RawLayer] = []
         self.equal: list[EqualCounts] = []
         self.unsupported: dict[str, int] = {}
+        self.crossing: dict[str, Labels] = {}  # second label array of a product with channels on rows and columns
         self.shared: dict[str, tuple[Labels, Labels]] = {}
         self.index = 0
         self._outputs = {o.name for o in self.graph.output}
-        self._uses = {name: len(users) for name, users in uses(self.graph).items()}
+        self.users = uses(self.graph)
 
     # --- what a rule sees -----------------------------------------------------------------------------------------
 
@@ -215,7 +216,7 @@ class Walk:
         single = node.op_type == "ConstantOfShape" or (
             shape is not None and math.prod(shape) == 1 and self.facts.constant(node.input[0])
         )
-        return single and self._uses.get(name, 0) == 1
+        return single and len(self.users.get(name, [])) == 1
 
     def fill(self, k: int, labels: Labels) -> None:
         """A `filled` input takes on `labels`: the shape it is made from follows."""

@@ -169,12 +169,12 @@ def _value_info(graph: onnx.GraphProto, old: onnx.GraphProto, space: ChannelSpac
             continue
         if space.facts.constant(info.name):
             continue  # a cut constant has another shape; inference finds it
-        labels = space.labels.get(info.name)
         made = graph.value_info.add()
         made.CopyFrom(info)
-        if labels is None or bench.table[labels].all():
-            continue
         dims = made.type.tensor_type.shape.dim
-        for axis in range(min(labels.ndim, len(dims))):
-            if labels.shape[axis] > 1:
-                dims[axis].dim_value = int(np.sum(bench.along(labels, axis)))
+        for labels in (space.labels.get(info.name), space.crossing.get(info.name)):
+            if labels is None or bench.table[labels].all():
+                continue
+            for axis in range(min(labels.ndim, len(dims))):
+                if labels.shape[axis] > 1:
+                    dims[axis].dim_value = int(np.sum(bench.along(labels, axis)))

@@ -7,6 +7,7 @@ right value does not depend on the batch, else entry by entry with `Where(mask, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -93,11 +94,18 @@ def _assumed(space: ChannelSpace, bench: Bench, view: _View, node: onnx.NodeProt
         old = view.old.shape(name) if name else None
         if old is None or view.trace.shape(name) is not None:
             continue
-        labels, dims = space.labels.get(name), list(old)
-        if labels is not None:
-            dims = [int(bench.along(labels, a).sum()) if labels.shape[a] > 1 else n for a, n in enumerate(old)]
+        dims = _cut_sizes(space, bench, name, old)
         kind = view.old.types[name].tensor_type.elem_type
         view.trace.types[name] = helper.make_tensor_type_proto(kind, dims)
+
+
+def _cut_sizes(space: ChannelSpace, bench: Bench, name: str, old: Sequence[int]) -> list[int]:
+    """Sizes of a value after the cut."""
+    sizes = list(old)
+    for labels in (space.labels.get(name), space.crossing.get(name)):
+        if labels is not None:
+            sizes = [int(bench.along(labels, a).sum()) if labels.shape[a] > 1 else n for a, n in enumerate(sizes)]
+    return sizes
 
 
 _FILLS = ("ConstantOfShape", "Expand", "Tile")  # make data, however small, of a computed shape
@@ -232,10 +240,7 @@ def _check(space: ChannelSpace, bench: Bench, view: _View) -> None:
         old, new = view.old.shape(name), view.trace.shape(name)
         if old is None or new is None or space.facts.constant(name) or name in skip:
             continue
-        labels = space.labels.get(name)
-        want = list(old)
-        if labels is not None:
-            want = [int(bench.along(labels, a).sum()) if labels.shape[a] > 1 else n for a, n in enumerate(old)]
+        want = _cut_sizes(space, bench, name, old)
         if list(new) != want:
             raise InternalError(
                 f"After the cut '{name}' would have shape {new}, its channels say {tuple(want)}. "
