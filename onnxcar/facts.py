@@ -438,7 +438,10 @@ def fold(
         helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in feeds.items()
     ]
     outs = [onnx.ValueInfoProto(name=o) for o in clone.output if o]
-    imports = [helper.make_opsetid(d, v) for d, v in (versions or {"": opset}).items()]
+    versions = dict(versions or {"": opset})
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        versions[""] = max(versions.get("", 0), 19)  # the evaluator knows no older ones; what they mean stayed
+    imports = [helper.make_opsetid(d, v) for d, v in versions.items()]
     tiny = helper.make_model(helper.make_graph([clone], "fold", ins, outs), opset_imports=imports)
     return [np.asarray(y) for y in ReferenceEvaluator(tiny).run(None, feeds)]
 
