@@ -65,9 +65,9 @@ class Net:
         return name
 
     def const(self, value: Any, name: str = "const") -> str:
-        """An initializer; Python floats take the network's type."""
+        """An initializer; single floats take the network's type."""
         array = np.asarray(value)
-        if array.dtype == np.float64 and self.dtype != np.float64:
+        if array.ndim == 0 and array.dtype == np.float64:
             array = array.astype(self.dtype)
         name = self.name(name)
         self.weights.append(numpy_helper.from_array(np.array(array), name))
