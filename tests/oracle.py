@@ -49,6 +49,7 @@ TOLERANCE = 2e-4
 COARSE = 5e-2
 BATCH = 2
 SIZES = (32, 64, 224, 256, 320, 16, 8, 4, 1)  # tried for dynamic axes after the first, until the original runs
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 READERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 SATURATING = ("Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "Tanh", "ArgMax", "ArgMin")
 PASSING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Transpose")
@@ -417,12 +418,28 @@ def taps(model: onnx.ModelProto) -> list[str]:
     for out in model.graph.output:
         names.append(out.name)
         node = made.get(out.name)
+        if out.type.tensor_type.elem_type not in FLOATS:
+            node = _compared(node, made)
         while node is not None and node.op_type in (*SATURATING, *PASSING) and node.input:
             if node.op_type in SATURATING:
                 names.append(node.input[0])
             node = made.get(node.input[0])
     given = {i.name for i in model.graph.input} | {t.name for t in model.graph.initializer}
     return [n for n in dict.fromkeys(names) if n not in given]
+
+
+def _compared(node: onnx.NodeProto | None, made: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+    """The nearest node that turns floats into indices, `node` or above it: numbers made of those hide much."""
+    seen: set[str] = set()
+    wave = [] if node is None else [node]
+    while wave:
+        for n in wave:
+            if n.op_type in ("ArgMax", "ArgMin"):
+                return n
+        names = [x for n in wave for x in n.input if x not in seen]
+        seen.update(names)
+        wave = [made[x] for x in names if x in made]
+    return node
 
 
 def first_run(model: onnx.ModelProto, seed: int) -> tuple[dict[str, Array], list[Array]]:

@@ -156,6 +156,20 @@ def test_one_hot_softmax_hides_nothing() -> None:
     assert oracle.judge(original, right).verdict == "differs"
 
 
+def test_counted_classes_hide_nothing() -> None:
+    """An integer made of the largest outputs: what they were chosen from is compared."""
+    net = Net(seed=7)
+    y = net.op("Relu", net.conv(net.input("x", ("N", 3, 6, 6)), 8, name="first"))
+    y = net.op("Softmax", net.conv(y, 4, name="second"), axis=1)
+    y = net.op("Cast", net.op("ArgMax", y, axis=1, keepdims=0), to=onnx.TensorProto.INT32)
+    original = net.proto(net.op("Clip", net.op("Mul", y, np.int32(0)), np.int32(0), np.int32(9)))
+    right, _ = pruned(original, every=1)
+    assert oracle.judge(original, right).verdict == "exact"
+    assert oracle.judge(original, right).moved > 1e-2
+    put(right, "first_b", tensor(right, "first_b") + np.float32(0.5))
+    assert oracle.judge(original, right).verdict == "differs"
+
+
 def test_original_that_does_not_run_is_no_verdict() -> None:
     bad = network()
     put(bad, "second_w", tensor(bad, "second_w")[:, :-1])
