@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from onnxcar.scoring._race import Log
-
 __all__ = ["risk_order"]
 
 Indices = npt.NDArray[np.int64]
@@ -14,37 +12,37 @@ KNOWN = 0.3  # how far a shift measured in an earlier step is trusted: its error
 
 
 def risk_order(
-    base: Log,
-    todo: Indices,
+    margins: npt.NDArray[np.float32],
     shift: npt.NDArray[np.float32] | None,
     norm: npt.NDArray[np.float32] | None,
     metric: str,
 ) -> tuple[Indices, float]:
-    """Positions `todo`, sorted by falling risk, and about what all of them will cost.
+    """The order of some images by falling risk, and about what all of them will cost.
 
     An image's margin without the candidate is today's margin plus a shift. Where an earlier step has measured the
     shift it is near that; elsewhere it is around zero, in proportion to the size of the candidate's channels.
 
     Args:
-        base: Results without any candidate.
-        todo: Positions of images, (k,).
-        shift: Margin shifts that were measured, (n,), NaN where none was; None: none at all.
-        norm: Size of the candidate's channels on each image, (n,); None: not known.
+        margins: Without any candidate, (k,).
+        shift: Margin shifts that were measured, (k,), NaN where none was; None: none at all.
+        norm: Size of the candidate's channels on each image, (k,); None: not known.
         metric: Name of the metric.
     """
-    margin = np.nan_to_num(base.margin[todo].astype(np.float64), nan=0.0, posinf=1e3, neginf=-1e3)
-    size = np.ones(len(todo)) if norm is None else norm[todo].astype(np.float64)
-    size = size / max(float(size.mean()), 1e-30) if len(size) else size
-    known = np.zeros(len(todo), bool) if shift is None else ~np.isnan(shift[todo])
-    moved = np.zeros(len(todo)) if shift is None else np.nan_to_num(shift[todo].astype(np.float64), nan=0.0)
-    unit = 0.1 * max(float(np.abs(margin).mean()), 1e-6) if len(margin) else 1.0
+    n = len(margins)
+    if n == 0:
+        return np.zeros(0, np.int64), 0.0
+    margin = np.nan_to_num(margins.astype(np.float64), nan=0.0, posinf=1e3, neginf=-1e3)
+    size = np.ones(n) if norm is None else norm.astype(np.float64)
+    size = size / max(float(size.mean()), 1e-30)
+    known = np.zeros(n, bool) if shift is None else ~np.isnan(shift)
+    moved = np.zeros(n) if shift is None else np.nan_to_num(shift.astype(np.float64), nan=0.0)
+    unit = 0.1 * max(float(np.abs(margin).mean()), 1e-6)
     if known.any():
         unit = max(float(np.sqrt(np.mean(np.square(moved[known] / np.maximum(size[known], 1e-3))))), 1e-6)
     sigma = np.maximum(unit * size * np.where(known, KNOWN, 1.0), 1e-6)
     z = (margin + moved) / sigma
-    order = np.argsort(z, kind="stable")
-    hope = float(_below_zero(z).sum()) if metric in ("top1", "top5", "balanced") else float(base.cost[todo].sum())
-    return todo[order], hope
+    hope = float(_below_zero(z).sum()) if metric in ("top1", "top5", "balanced") else 0.0
+    return np.argsort(z, kind="stable"), hope
 
 
 def _below_zero(z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

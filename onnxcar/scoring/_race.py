@@ -8,7 +8,8 @@ eliminated, they are run to the end and told apart by the rule.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from onnxcar.executors import Pool
 from onnxcar.metrics import Rows
 
-__all__ = ["Key", "Lane", "Log", "Race", "Runner", "race"]
+__all__ = ["Board", "Key", "Lane", "Log", "Race", "Rank", "Runner", "race"]
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
@@ -27,6 +28,34 @@ FIRST = 8  # rows a candidate takes at least when its turn comes
 GROWTH = 1.5  # of that number from turn to turn
 
 Key = tuple[float, int, int, int]  # cost (or what is lost for each MAC saved), loss, -MACs saved, group id
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What costs are compared as: themselves, or what is lost for each MAC saved.
+
+    Attributes:
+        base: Cost without any candidate; what is lost is counted from there.
+        saved: MACs that the candidate's removal saves; None: costs are compared as they are.
+    """
+
+    base: int = 0
+    saved: int | None = None
+
+    def of(self, cost: int) -> float:
+        """Rises with the cost."""
+        if self.saved is None:
+            return cost
+        lost = cost - self.base
+        if self.saved > 0:
+            return lost / self.saved
+        return 0.0 if lost == 0 else math.inf if lost > 0 else -math.inf
+
+    def reaches(self, rank: float) -> int:
+        """About the largest cost of that rank."""
+        if self.saved is None:
+            return int(rank)
+        return self.base + (int(rank * self.saved) if math.isfinite(rank) else 0)
 
 
 class Lane(Protocol):
@@ -63,6 +92,17 @@ class Log:
         no = np.zeros(n, bool)
         return cls(np.zeros(n, np.int64), np.zeros(n, np.int64), no, no.copy(), np.full(n, np.nan, np.float32))
 
+    def rows(self, images: Indices) -> Rows:
+        """Results of these images."""
+        margin = self.margin[images]
+        return Rows(self.cost[images], self.loss[images], self.top1[images], self.top5[images], margin, margin)
+
+    def only(self, where: Array) -> Log:
+        """A copy that knows nothing but the images where `where`, (n,) bool, is set."""
+        made = Log.empty(len(self.cost))
+        made.copy_from(self, where)
+        return made
+
     def put(self, at: Indices, rows: Rows, where: slice = slice(None)) -> None:
         """Results of the images at positions `at`."""
         self.cost[at], self.loss[at] = rows.cost[where], rows.loss[where]
@@ -85,7 +125,7 @@ class Runner:
         lane: Where it runs.
         order: Image positions still to run, the likeliest errors first.
         saved: MACs its removal saves.
-        rank: Maps a cost to what is compared first.
+        rank: What its cost is compared as.
         log: Where its results go.
         hope: What its final cost is expected to be; the order among equals, nothing else.
         cost: So far.
@@ -94,13 +134,15 @@ class Runner:
         turn: How many rows it takes at least when its turn comes.
         under_way: Batches that hold rows of it.
         queued: Whether it waits for its turn.
+        out: Whether it is known not to be among the best.
+        more: Whether it has images besides those of `order`, in a later race.
     """
 
     group: int
     lane: Lane
     order: Indices
     saved: int
-    rank: Callable[[int], float]
+    rank: Rank
     log: Log
     hope: float = 0.0
     cost: int = 0
@@ -109,11 +151,13 @@ class Runner:
     turn: float = FIRST
     under_way: int = 0
     queued: bool = False
+    out: bool = False
+    more: bool = False
 
     @property
     def key(self) -> Key:
         """What candidates are compared by: smaller goes first; a lower bound of it until all images are done."""
-        return (self.rank(self.cost), self.loss, -self.saved, self.group)
+        return (self.rank.of(self.cost), self.loss, -self.saved, self.group)
 
     @property
     def done(self) -> bool:
@@ -122,13 +166,19 @@ class Runner:
 
 
 @dataclass(eq=False)
-class _Board:
-    """The best complete keys so far."""
+class Board:
+    """The best complete keys so far; may be carried from race to race.
+
+    Attributes:
+        k: How many are wanted.
+        best: Key and candidate, the lowest first.
+    """
 
     k: int
     best: list[tuple[Key, Runner]] = field(default_factory=list)
 
     def enter(self, runner: Runner) -> None:
+        """A candidate is complete."""
         self.best.append((runner.key, runner))
         self.best.sort(key=lambda entry: entry[0])
         del self.best[self.k :]
@@ -137,12 +187,12 @@ class _Board:
         """Whether the candidate cannot be among the k best. Only what can still grow is compared, so no tie is lost."""
         if len(self.best) < self.k:
             return False
-        return (runner.rank(runner.cost), runner.loss) > self.best[-1][0][:2]
+        return (runner.rank.of(runner.cost), runner.loss) > self.best[-1][0][:2]
 
     @property
-    def cost(self) -> int | None:
-        """Cost of the k-th best, None while there are fewer."""
-        return self.best[-1][1].cost if len(self.best) == self.k else None
+    def bound(self) -> float | None:
+        """Rank of the k-th best, None while there are fewer."""
+        return self.best[-1][0][0] if len(self.best) == self.k else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,22 +210,22 @@ class _Batch:
 class Race:
     """The queue of candidates that are neither out nor done."""
 
-    def __init__(self, runners: Sequence[Runner], k: int, guess: int, largest: int) -> None:
+    def __init__(self, runners: Sequence[Runner], board: Board, guess: float, largest: int) -> None:
         """Line up the runners; see `race`."""
-        self.board = _Board(k)
+        self.board = board
         self._guess, self._largest = guess, largest
         self._heaps: dict[int, list[tuple[tuple[float, ...], int, Runner]]] = {}
         self._serial = 0
         for runner in runners:
-            if runner.done:
-                self.board.enter(runner)
-            else:
+            if not runner.done:
                 self._push(runner)
+            elif not runner.more:
+                self.board.enter(runner)
 
     def _push(self, runner: Runner) -> None:
         self._serial += 1
         runner.queued = True
-        urgency = (runner.rank(runner.cost), runner.hope)
+        urgency = (runner.rank.of(runner.cost), runner.hope)
         heapq.heappush(self._heaps.setdefault(id(runner.lane), []), (urgency, self._serial, runner))
 
     def next(self) -> _Batch | None:
@@ -194,14 +244,15 @@ class Race:
     def _fill(self, heap: list[tuple[tuple[float, ...], int, Runner]]) -> list[tuple[Runner, int]]:
         batch: list[tuple[Runner, int]] = []
         room = heap[0][2].lane.batch
-        bound = self.board.cost if self.board.cost is not None else self._guess
+        bound = self.board.bound if self.board.bound is not None else self._guess
         while heap and room > 0:
             runner = heap[0][2]
             if self.board.out(runner):
                 heapq.heappop(heap)[2].queued = False
+                runner.out = True
                 continue
             # At least so many rows are needed before the candidate can be out.
-            gap = (bound - runner.cost) // self._largest + 1
+            gap = (runner.rank.reaches(bound) - runner.cost) // self._largest + 1
             if batch and gap <= 0:
                 break  # it may well be out once the lower ones are done
             heapq.heappop(heap)[2].queued = False
@@ -234,23 +285,25 @@ class Race:
             start += n
             runner.under_way -= 1
             if runner.done:
-                if not runner.under_way:
+                if not runner.under_way and not runner.more:
                     self.board.enter(runner)
-            elif not runner.queued and not self.board.out(runner):
+            elif not runner.queued:
                 self._push(runner)
 
 
-def race(runners: Sequence[Runner], k: int, guess: int, largest: int = 1, pool: Pool | None = None) -> list[Runner]:
-    """The k candidates of smallest key, smallest first; the same as if all had run to the end.
+def race(runners: Sequence[Runner], board: Board, guess: float, largest: int = 1, pool: Pool | None = None) -> None:
+    """Run candidates until each is complete, out, or at the end of its images here; the complete ones enter the board.
+
+    The board's best are then the same as if all had run to the end.
 
     Args:
-        runners: All candidates.
-        k: How many are wanted.
-        guess: About what the k-th best will cost: no result depends on it, only work.
+        runners: Candidates.
+        board: Takes the complete ones and says who is out.
+        guess: About the rank of the k-th best: no result depends on it, only work.
         largest: What one image costs at most.
         pool: Runs several batches at a time; None: one after the other.
     """
-    state = Race(runners, k, guess, largest)
+    state = Race(runners, board, guess, largest)
     if pool is None or pool.workers == 1:
         while (batch := state.next()) is not None:
             state.done(batch, batch.run())
@@ -267,4 +320,3 @@ def race(runners: Sequence[Runner], k: int, guess: int, largest: int = 1, pool: 
         finally:
             for future in under_way:
                 future.cancel()
-    return [runner for _, runner in state.board.best]

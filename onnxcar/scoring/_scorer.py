@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from threading import Lock
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from onnxcar._judge import Judge
 from onnxcar.channels import ChannelSpace
 from onnxcar.errors import InternalError
 from onnxcar.executors import Pool
-from onnxcar.metrics import Metric, Rows, Score, Tally, metric
+from onnxcar.metrics import Metric, Score, Tally, metric
 from onnxcar.runtime import n_cores, open_network
 from onnxcar.scoring._evaluate import SHARE, feeds, free_bytes, judge_for, samples_per_run
-from onnxcar.scoring._order import risk_order
-from onnxcar.scoring._race import Key, Log, Runner, race
-from onnxcar.scoring._site import BASE, Block, Site, open_site, reads_of, whole_site
+from onnxcar.scoring._lowest import Contest, lowest
+from onnxcar.scoring._race import Key, Log, Rank, Runner
+from onnxcar.scoring._site import BASE, Block, open_site, reads_of, whole_site
+from onnxcar.scoring._state import State, Work
 
 if TYPE_CHECKING:
     from onnxcar.data import Dataset
@@ -28,8 +27,9 @@ __all__ = ["Pick", "Scorer", "Work"]
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
-ROW_BYTES = 24 << 20  # of cut values gathered for one run
-LARGEST_BATCH = 64  # more would run rows of candidates that are nearly out
+ROW_BYTES = 16 << 20  # of cut values gathered for one run
+FIRST_ROWS = 64  # rows of a run until it is known how long they take
+MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -38,57 +38,6 @@ class Pick:
 
     group: int
     score: Score
-
-
-@dataclass
-class Work:
-    """What was done, for those who measure.
-
-    Attributes:
-        rows: (candidate, image) pairs that were run.
-        pairs: Pairs that scoring everything in full would have run.
-        prefixes: Images whose prefix was run.
-        again: Pairs run again because rounding might have decided them.
-    """
-
-    rows: int = 0
-    pairs: int = 0
-    prefixes: int = 0
-    again: int = 0
-    lock: Lock = field(default_factory=Lock, repr=False, compare=False)
-
-
-@dataclass(eq=False)
-class _State:
-    """A site at work: its sessions, its images, and what is known of candidates on them."""
-
-    site: Site
-    foreign: frozenset[int]
-    judge: Judge
-    batch: int
-    work: Work
-    block: Block | None = None
-    removed: frozenset[int] | None = None
-    base: Log | None = None
-    norms: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
-    shifts: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
-    last: dict[int, Log] = field(default_factory=dict)
-
-    def rows(self, candidates: Indices, rows: Indices) -> Rows:
-        """Results of (candidate, position in the block) pairs."""
-        assert self.block is not None
-        with self.work.lock:
-            self.work.rows += len(rows)
-        out = self.site.run(self.block, candidates, rows, exact=False)
-        images = self.block.indices[rows]
-        if self.site.shortcut is not None and self.judge.labelled:
-            # What the shortcut's rounding might decide is decided by a run of all nodes.
-            again = np.flatnonzero(self.judge.doubtful(out, images, self.site.shortcut.doubt))
-            if len(again):
-                with self.work.lock:
-                    self.work.again += len(again)
-                out[again] = self.site.run(self.block, candidates[again], rows[again])
-        return self.judge.rows(out, images)
 
 
 class Scorer:
@@ -139,8 +88,10 @@ class Scorer:
         self._judge = judge_for(self._network, data, self.metric)
         self._sample = feeds(self._network, data, few)
         self._step = samples_per_run(self._network, self._sample, self._memory, batch_size)
+        self._output_shape = self._judge.rows(self._network.run(self._sample)[0], few).outputs.shape[1:]
+        self._budget = self._memory // 2  # the rest is for what a run needs
         self._reads = reads_of(space)
-        self._states: dict[tuple[int, ...], _State] = {}
+        self._states: dict[tuple[int, ...], State] = {}
         self._scores: dict[frozenset[int], Score] = {}
         self.work = Work()
         self.flips: dict[int, npt.NDArray[np.bool_]] = {}
@@ -193,66 +144,33 @@ class Scorer:
             found.update(self._score_site(self._state(key, gone), gone, groups))
         return [found[group] for group in candidates]
 
-    def _score_site(self, state: _State, removed: frozenset[int], groups: Sequence[int]) -> dict[int, Score]:
+    def _score_site(self, state: State, removed: frozenset[int], groups: Sequence[int]) -> dict[int, Score]:
+        n = len(self.data)
+        size = max(4, self._budget // max(1, state.each_bytes))
         tallies = {group: Tally() for group in groups}
-        outputs: dict[int, list[Array]] = {group: [] for group in groups}
-        right: dict[int, list[Array]] = {group: [] for group in [*groups, BASE]}
-        for at in self._blocks(state):
-            self._enter(state, removed, at)
-            assert state.block is not None
-            n = len(at)
-            base = self._log(state, BASE, np.arange(n), outputs if not self.metric.additive else None)
-            right[BASE].append(base.top1)
-            same = outputs.pop(BASE, [np.zeros(0)])[-1]
-            self.work.pairs += n * len(groups)
+        outputs = {group: self._room_for_outputs() for group in groups}
+        flips = {group: np.zeros(n, bool) for group in groups}
+        for images in (np.arange(i, min(i + size, n), dtype=np.int64) for i in range(0, n, size)):
+            state.enter(removed, images)
+            state.run_base(images)
+            same = self._room_for_outputs()
+            if same is not None:
+                state.fill(Log.empty(n), BASE, images, same)
             for group in groups:
-                todo = self._changed(state, group)
-                log = Log.empty(n)
-                if len(todo) < n:
-                    log.copy_from(base, np.setdiff1d(np.arange(n), todo))
-                given = None if self.metric.additive else same.copy()
-                self._log(state, group, todo, None, log, given)
-                rows = Rows(log.cost, log.loss, log.top1, log.top5, log.margin, log.margin)
-                tallies[group].add(self._judge.tally(rows, at))
-                right[group].append(log.top1)
-                if given is not None:
-                    outputs[group].append(given)
+                log, given = state.known(group), outputs[group]
+                todo = images[np.isnan(log.margin[images])] if given is None else images
+                state.fill(log, group, todo, given)
+                tallies[group].add(self._judge.tally(log.rows(images), images))
+                flips[group][images] = log.top1[images] != state.base.top1[images]
         if self._judge.labelled:
-            self.base_correct = np.concatenate(right.pop(BASE))
-            for group in groups:
-                self.flips[group] = np.concatenate(right[group]) != self.base_correct
-        return {
-            group: self._judge.score(tallies[group], np.concatenate(outputs[group]) if outputs[group] else None)
-            for group in groups
-        }
+            self.base_correct = state.base.top1.copy()
+            self.flips.update(flips)
+        self.work.add(pairs=n * len(groups))
+        return {group: self._judge.score(tallies[group], outputs[group]) for group in groups}
 
-    def _log(
-        self,
-        state: _State,
-        group: int,
-        todo: Indices,
-        outputs: dict[int, list[Array]] | None,
-        log: Log | None = None,
-        given: Array | None = None,
-    ) -> Log:
-        """Run one candidate on the images at `todo`."""
-        assert state.block is not None
-        log = Log.empty(len(state.block.indices)) if log is None else log
-        parts = []
-
-        def run(start: int) -> tuple[Indices, Rows]:
-            at = todo[start : start + state.batch]
-            return at, state.rows(np.full(len(at), group, np.int64), at)
-
-        for at, rows in self._pool.map(run, range(0, len(todo), state.batch)):
-            log.put(at, rows)
-            if outputs is not None:
-                parts.append(rows.outputs)
-            if given is not None:
-                given[at] = rows.outputs
-        if outputs is not None:
-            outputs[group] = [np.concatenate(parts)]
-        return log
+    def _room_for_outputs(self) -> Array | None:
+        """Where all outputs of a candidate go, if the metric needs them."""
+        return None if self.metric.additive else np.zeros((len(self.data), *self._output_shape), np.float64)
 
     # --- the lowest -----------------------------------------------------------------------------------------------
 
@@ -284,71 +202,25 @@ class Scorer:
         saved = {group: self.space.saved_macs(group, gone) for group in candidates}
         if not self.metric.additive:
             return self._lowest_in_full(gone, candidates, k, rank, saved)
-        n = len(self.data)
-        runners: list[Runner] = []
-        hints = {group: i for i, group in enumerate(order_hint or ())}
-        for key, groups in self._by_site(candidates).items():
-            state = self._state(key, gone)
-            if key and len(self._blocks(state)) > 1:
-                return self._lowest_in_full(gone, candidates, k, rank, saved)
-            runners += self._start(state, gone, groups, rank, saved, hints)
-        self.work.pairs += n * len(runners)
-        guess = int(np.partition([runner.hope for runner in runners], k - 1)[k - 1])
-        won = race(runners, k, guess, self._judge.largest_cost, self._pool)
-        for runner in runners:
-            assert isinstance(runner.lane, _State)
-            known = ~np.isnan(runner.log.margin)
-            assert runner.lane.base is not None
-            shift = runner.lane.shifts.setdefault(runner.group, np.full(n, np.nan, np.float32))
-            shift[known] = (runner.log.margin - runner.lane.base.margin)[known]
+        by_site = self._by_site(candidates)
+        self.work.add(pairs=len(self.data) * len(candidates))
+        keys, hints = list(by_site), {group: i for i, group in enumerate(order_hint or ())}
+        asked = Contest(gone, k, rank, saved, hints, self._judge.largest_cost, self.metric.name)
+        won = lowest(asked, list(by_site.values()), lambda i, held: self._state(keys[i], gone, held), self._budget)
         return [self._picked(runner, gone) for runner in won]
 
     def _picked(self, runner: Runner, removed: frozenset[int]) -> Pick:
-        state, log = runner.lane, runner.log
-        assert isinstance(state, _State)
-        rows = Rows(log.cost, log.loss, log.top1, log.top5, log.margin, log.margin)
-        score = self._judge.score(self._judge.tally(rows, np.arange(len(self.data))))
+        images = np.arange(len(self.data), dtype=np.int64)
+        score = self._judge.score(self._judge.tally(runner.log.rows(images), images))
         self._scores[removed | {runner.group}] = score
-        state.last[runner.group] = log
         return Pick(runner.group, score)
-
-    def _start(
-        self,
-        state: _State,
-        removed: frozenset[int],
-        groups: Sequence[int],
-        rank: dict[int, Callable[[int], float]],
-        saved: dict[int, int],
-        hints: dict[int, int],
-    ) -> list[Runner]:
-        """Candidates of one site at the start: unchanged images counted, the others in the order of their risk."""
-        n = len(self.data)
-        self._enter(state, removed, np.arange(n))
-        assert state.base is not None
-        state.last = {}
-        runners = []
-        for group in groups:
-            log = Log.empty(n)
-            todo = self._changed(state, group)
-            if len(todo) < n:
-                log.copy_from(state.base, np.setdiff1d(np.arange(n), todo))
-            order, hope = risk_order(
-                state.base, todo, state.shifts.get(group), state.norms.get(group), self.metric.name
-            )
-            runner = Runner(group, state, order, saved[group], rank[group], log)
-            runner.cost, runner.loss = int(log.cost.sum()), int(log.loss.sum())
-            runner.hope = (
-                runner.cost + hope - (len(hints) - hints[group]) * 1e-3 if group in hints else runner.cost + hope
-            )
-            runners.append(runner)
-        return runners
 
     def _lowest_in_full(
         self,
         removed: frozenset[int],
         candidates: Sequence[int],
         k: int,
-        rank: dict[int, Callable[[int], float]],
+        rank: dict[int, Rank],
         saved: dict[int, int],
     ) -> list[Pick]:
         scores = self.score(removed, candidates)
@@ -356,24 +228,21 @@ class Scorer:
         found = dict(zip(candidates, scores, strict=True))
         for group, score in found.items():
             if score.cost is not None:
-                lost = rank[group](score.cost)
+                lost = rank[group].of(score.cost)
             else:
                 lost = self.base(removed).reduction(score)
-                lost = lost / saved[group] if rank[group] is not _itself and saved[group] else lost
+                lost = lost / saved[group] if rank[group].saved else lost
             keys[group] = (lost, score.loss_units, -saved[group], group)
         picks = [Pick(group, found[group]) for group in sorted(keys, key=keys.__getitem__)[:k]]
         for pick in picks:
             self._scores[removed | {pick.group}] = pick.score
         return picks
 
-    def _ranks(
-        self, removed: frozenset[int], candidates: Sequence[int], per_mac: bool
-    ) -> dict[int, Callable[[int], float]]:
-        """What costs are compared as: themselves, or what is lost for each MAC saved."""
+    def _ranks(self, removed: frozenset[int], candidates: Sequence[int], per_mac: bool) -> dict[int, Rank]:
         if not per_mac:
-            return dict.fromkeys(candidates, _itself)
+            return dict.fromkeys(candidates, Rank())
         base = self.base(removed).cost or 0
-        return {g: _per_mac(base, self.space.saved_macs(g, removed)) for g in candidates}
+        return {group: Rank(base, self.space.saved_macs(group, removed)) for group in candidates}
 
     # --- sites ----------------------------------------------------------------------------------------------------
 
@@ -386,105 +255,33 @@ class Scorer:
             out.setdefault(self._reads.get(group, ()), []).append(group)
         return out
 
-    def _state(self, key: tuple[int, ...], removed: frozenset[int]) -> _State:
-        """The site of these reads; made anew where groups read elsewhere have gone since."""
+    def _state(self, key: tuple[int, ...], removed: frozenset[int], held: Sequence[State] = ()) -> State:
+        """The site of these reads; made anew where groups read elsewhere have gone since. `held` stay in memory."""
         own = set(key)
         foreign = frozenset(g for g in removed if not set(self._reads.get(g, ())) <= own)
-        state = self._states.get(key)
+        state = self._states.pop(key, None)
         if state is None or state.foreign != foreign:
-            held = [k for k in self._states if k != key]
-            for k in held:  # activations of one site at a time: a search stays at a layer
-                del self._states[k]
+            shifts = {} if state is None else state.shifts
             site = open_site(self.space, self._network, key, foreign, sample=self._sample)
-            state = _State(site, foreign, self._judge, 1, self.work)
-            self._states[key] = state
+            state = State(site, foreign, self._judge, self._inputs, self._step, 1, self._pool, self.work, shifts=shifts)
+            few = np.arange(min(4, len(self.data)), dtype=np.int64)
+            state.each_bytes = max(1, site.load(self._inputs, few, len(few)).n_bytes // len(few))
+            if site.shortcut is not None:
+                state.each_bytes += state.each_bytes // 2  # outputs of linear readers
+            state.batch = self._batch or int(np.clip(ROW_BYTES // state.each_bytes, 4, FIRST_ROWS))
+            if self._batch is None and site.by_row and state.n >= 4 * FIRST_ROWS:
+                state.tune = int(np.clip(ROW_BYTES // state.each_bytes, 4, MOST_ROWS))
+            state.session_bytes = 2 * self.space.model.proto.ByteSize()
+        self._states[key] = state
+        for other in list(self._states):
+            if sum(s.n_bytes for s in self._states.values()) <= self._budget:
+                break
+            if other != key and self._states[other] not in held:
+                del self._states[other]
         return state
 
-    def _blocks(self, state: _State) -> list[Indices]:
-        """Images in pieces whose cut values fit in half of the memory bound."""
-        if state.block is None or len(state.block.indices) < min(4, len(self.data)):
-            self._load(state, np.arange(min(4, len(self.data)), dtype=np.int64))
-        assert state.block is not None
-        each = max(1, state.block.n_bytes // len(state.block.indices))
-        state.batch = self._batch or int(np.clip(ROW_BYTES // each, 4, LARGEST_BATCH))
-        fits = max(4, self._memory // 2 // each)
-        n = len(self.data)
-        return [np.arange(i, min(i + fits, n), dtype=np.int64) for i in range(0, n, fits)]
-
-    def _load(self, state: _State, at: Indices) -> None:
-        state.block = state.site.load(lambda part: feeds(self._network, self.data, part), at, self._step, self._pool)
-        state.base, state.removed = None, None
-        state.norms = _norms(state.site, state.block)
-        self.work.prefixes += len(at)
-
-    def _enter(self, state: _State, removed: frozenset[int], at: Indices) -> None:
-        """Load the images at `at`, mask `removed`, and know what the network says without any candidate."""
-        self._blocks(state) if state.block is None else None
-        if state.block is None or not np.array_equal(state.block.indices, at):
-            self._load(state, at)
-        if state.removed == removed and state.base is not None:
-            return
-        new = None if state.removed is None else removed - state.removed
-        state.site.set_removed(removed)
-        assert state.block is not None
-        state.site.refresh(state.block, self._step, self._pool)
-        last = state.last.get(next(iter(new))) if new is not None and len(new) == 1 else None
-        if last is not None and state.removed is not None and state.removed < removed:
-            state.base = last
-        else:
-            state.base = self._log(state, BASE, np.arange(len(at)), None)
-        state.removed = removed
-
-    def _changed(self, state: _State, group: int) -> Indices:
-        """Positions of the images on which the group's channels are not all zero where they are read."""
-        assert state.block is not None
-        norms = state.norms.get(group)
-        if norms is None:
-            return np.arange(len(state.block.indices), dtype=np.int64)
-        return np.flatnonzero(norms != 0)
+    def _inputs(self, images: Indices) -> dict[str, Array]:
+        return feeds(self._network, self.data, images)
 
 
 _metric = metric
-
-
-def _itself(cost: int) -> float:
-    return cost
-
-
-def _per_mac(base: int, saved: int) -> Callable[[int], float]:
-    def rank(cost: int) -> float:
-        lost = cost - base
-        if saved > 0:
-            return lost / saved
-        return 0.0 if lost == 0 else float(np.sign(lost)) * float("inf")
-
-    return rank
-
-
-def _norms(site: Site, block: Block) -> dict[int, npt.NDArray[np.float32]]:
-    """Group -> size of its channels on each image where they are read; only groups read at cut values alone.
-
-    Zero exactly where all of them are zero.
-    """
-    if not site.by_row or set(site.entries) != set(site.reads):
-        return {}
-    out: dict[int, npt.NDArray[np.float32]] = {}
-    for k in site.entries:
-        read = site.space.reads[k]
-        values = block.values[read.value]
-        rest = tuple(axis for axis, size in enumerate(read.groups.shape) if axis > 0 and size == 1)
-        sizes = np.empty((len(values), int(np.prod(read.groups.shape))), np.float32)
-        for start in range(0, len(values), 64):
-            part = values[start : start + 64].astype(np.float32, copy=False)
-            norm = np.sqrt(np.square(part).sum(rest))
-            # Squares underflow: what is not zero must not look like it.
-            tiny = (norm == 0) & (part != 0).any(rest)
-            norm = np.where(tiny, np.finfo(np.float32).tiny, norm)
-            sizes[start : start + 64] = norm.reshape(len(part), -1)
-        ids = read.groups.ravel()
-        for group in np.unique(ids[ids >= 0]).tolist():
-            mine = np.square(sizes[:, ids == group]).sum(1)
-            held = out.get(group)
-            out[group] = mine if held is None else held + mine
-    # The root of a sum of squares of tiny numbers may vanish again.
-    return {g: np.sqrt(np.maximum(v, np.where(v > 0, np.float32(1e-30), np.float32(0)))) for g, v in out.items()}

@@ -251,7 +251,7 @@ def open_site(
     Raises:
         ModelError: ONNX Runtime does not run the graphs.
     """
-    if network.fixed is None and all(_batch_first(space, space.reads[k]) for k in reads):
+    if reads and network.fixed is None and all(_batch_first(space, space.reads[k]) for k in reads):
         try:
             site = _row_site(space, network, reads, removed)
             if sample is None or _agrees(site, network, sample, removed):

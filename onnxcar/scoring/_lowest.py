@@ -1,0 +1,149 @@
+"""Exact elimination over sites and blocks of images: what to race, in which order, with which images in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxcar.scoring._order import risk_order
+from onnxcar.scoring._race import Board, Log, Rank, Runner, race
+from onnxcar.scoring._state import State
+
+__all__ = ["Contest", "lowest"]
+
+
+@dataclass(frozen=True, eq=False)
+class Contest:
+    """What is asked.
+
+    Attributes:
+        removed: Groups that are gone.
+        k: How many are wanted.
+        rank: Group -> what its cost is compared as.
+        saved: Group -> MACs that its removal saves.
+        hints: Group -> its place in the caller's expectation, 0 = lowest.
+        largest: What one image costs at most.
+        metric: Name of the metric.
+    """
+
+    removed: frozenset[int]
+    k: int
+    rank: dict[int, Rank]
+    saved: dict[int, int]
+    hints: dict[int, int]
+    largest: int
+    metric: str
+
+
+def lowest(
+    asked: Contest, sites: Sequence[Sequence[int]], open_site: Callable[[int, Sequence[State]], State], budget: int
+) -> list[Runner]:
+    """The k candidates of smallest key, smallest first.
+
+    Args:
+        asked: What is asked.
+        sites: Candidates, site by site.
+        open_site: State of a site by its number; the states given with it must stay in memory.
+        budget: Bytes that states may take together. Sites that do not fit race one after the other, against the best
+            so far.
+    """
+    board = Board(asked.k)
+    lined_up: list[tuple[State, list[Runner]]] = []
+    for number, groups in enumerate(sites):
+        state = open_site(number, [held for held, _ in lined_up])
+        size = max(4, budget // max(1, state.each_bytes))
+        if lined_up and sum(held.n_bytes for held, _ in lined_up) + state.n_bytes > budget:
+            _race(asked, board, lined_up)
+            lined_up = []
+        if size < state.n:
+            _by_blocks(asked, board, state, groups, size)
+        else:
+            state.enter(asked.removed, np.arange(state.n, dtype=np.int64))
+            state.expect(groups)
+            lined_up.append((state, [_runner(asked, state, group) for group in groups]))
+    _race(asked, board, lined_up)
+    return [runner for _, runner in board.best]
+
+
+def _race(asked: Contest, board: Board, lined_up: Sequence[tuple[State, list[Runner]]]) -> None:
+    runners = [runner for _, some in lined_up for runner in some]
+    if not runners:
+        return
+    race(runners, board, _guess(asked, runners), asked.largest, lined_up[0][0].pool)
+    for state, some in lined_up:
+        remember(state, some)
+
+
+def _guess(asked: Contest, runners: Sequence[Runner]) -> float:
+    """About the rank of the k-th best."""
+    ranks = sorted(runner.rank.of(int(runner.hope)) for runner in runners)
+    return ranks[min(asked.k, len(ranks)) - 1]
+
+
+def remember(state: State, runners: Collection[Runner]) -> None:
+    """Keep what was run: results for as long as they hold, margins as the next step's expectation."""
+    for runner in runners:
+        shift = state.shifts.setdefault(runner.group, np.full(state.n, np.nan, np.float32))
+        known = ~np.isnan(runner.log.margin)
+        shift[known] = (runner.log.margin - state.margins)[known]
+        state.logs[runner.group] = runner.log
+
+
+def _runner(asked: Contest, state: State, group: int) -> Runner:
+    """A candidate at the start: what is known is counted, the rest in the order of its risk."""
+    log = state.known(group)
+    runner = Runner(group, state, np.zeros(0, np.int64), asked.saved[group], asked.rank[group], log)
+    runner.cost, runner.loss = int(log.cost.sum()), int(log.loss.sum())
+    hope = _order(asked, state, runner)
+    runner.hope = runner.cost + hope
+    if group in asked.hints:
+        runner.hope -= (len(asked.hints) - asked.hints[group]) * 1e-3
+    return runner
+
+
+def _order(asked: Contest, state: State, runner: Runner) -> float:
+    """Line up the runner's open images of the block in memory; about what they will cost."""
+    assert state.block is not None
+    images = state.block.indices
+    todo = images[np.isnan(runner.log.margin[images])]
+    norms = state.norms.get(runner.group)
+    sizes = None if norms is None else norms[todo - images[0]]
+    shift = state.shifts.get(runner.group)
+    order, hope = risk_order(state.margins[todo], None if shift is None else shift[todo], sizes, asked.metric)
+    runner.order = todo[order]
+    runner.at = 0
+    return hope
+
+
+def _by_blocks(asked: Contest, board: Board, state: State, groups: Sequence[int], size: int) -> None:
+    """One site whose images do not fit in memory: the expected best first, then the others block by block.
+
+    No candidate is complete before the last block, so somebody must be run to the end before anybody can be out.
+    """
+    blocks = [np.arange(i, min(i + size, state.n), dtype=np.int64) for i in range(0, state.n, size)]
+    state.enter(asked.removed, blocks[0])
+    state.expect(groups)
+    runners = [_runner(asked, state, group) for group in groups]
+    runners.sort(key=lambda runner: runner.hope)
+    for runner in runners:  # a fresh start: what the first block gave is counted when its turn comes
+        runner.log, runner.cost, runner.loss = Log.empty(state.n), 0, 0
+    # The second pass goes backwards: its first block is still in memory.
+    for some, order in ((runners[: asked.k], blocks), (runners[asked.k :], blocks[::-1])):
+        for number, block in enumerate(order):
+            active = [runner for runner in some if not runner.out]
+            if not active:
+                break
+            state.enter(asked.removed, block)
+            state.expect([runner.group for runner in active])
+            for runner in active:
+                known = state.known(runner.group)
+                before = int(runner.log.cost.sum()), int(runner.log.loss.sum())
+                runner.log.copy_from(known, ~np.isnan(known.margin))
+                runner.cost += int(runner.log.cost.sum()) - before[0]
+                runner.loss += int(runner.log.loss.sum()) - before[1]
+                _order(asked, state, runner)
+                runner.more = number + 1 < len(order)
+            race(active, board, _guess(asked, active), asked.largest, state.pool)
+    remember(state, runners)
