@@ -78,6 +78,15 @@ class Judge:
             return max(1, int(self._weights.max()))
         return 1 if self.metric.classes else SUM_CAP // max(1, len(self.targets))
 
+    @property
+    def typical_cost(self) -> float:
+        """What a sample costs about that is wrong; only guesses are made of it."""
+        if self.metric.name == "loss":
+            return 3.0 * LOSS_ONE
+        if self._weights is not None:
+            return float(self._weights[self.targets].mean())
+        return 1.0
+
     def _bind_classes(self, sample: Array, how: Metric) -> None:
         outside = np.flatnonzero((self.targets < 0) | (self.targets >= sample.shape[1]))
         if outside.size and how.classes:

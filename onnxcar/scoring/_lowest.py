@@ -25,7 +25,7 @@ class Contest:
         saved: Group -> MACs that its removal saves.
         hints: Group -> its place in the caller's expectation, 0 = lowest.
         largest: What one image costs at most.
-        metric: Name of the metric.
+        typical: What one error costs about.
     """
 
     removed: frozenset[int]
@@ -34,7 +34,7 @@ class Contest:
     saved: dict[int, int]
     hints: dict[int, int]
     largest: int
-    metric: str
+    typical: float
 
 
 def lowest(
@@ -96,25 +96,20 @@ def _runner(asked: Contest, state: State, group: int) -> Runner:
     log = state.known(group)
     runner = Runner(group, state, np.zeros(0, np.int64), asked.saved[group], asked.rank[group], log)
     runner.cost, runner.loss = int(log.cost.sum()), int(log.loss.sum())
-    hope = _order(asked, state, runner)
-    runner.hope = runner.cost + hope
-    if group in asked.hints:
-        runner.hope -= (len(asked.hints) - asked.hints[group]) * 1e-3
+    _order(asked, state, runner)
     return runner
 
 
-def _order(asked: Contest, state: State, runner: Runner) -> float:
-    """Line up the runner's open images of the block in memory; about what they will cost."""
+def _order(asked: Contest, state: State, runner: Runner) -> None:
+    """Line up the runner's open images of the block in memory."""
     assert state.block is not None
     images = state.block.indices
     todo = images[np.isnan(runner.log.margin[images])]
     norms = state.norms.get(runner.group)
     sizes = None if norms is None else norms[todo - images[0]]
     shift = state.shifts.get(runner.group)
-    order, hope = risk_order(state.margins[todo], None if shift is None else shift[todo], sizes, asked.metric)
-    runner.order = todo[order]
-    runner.at = 0
-    return hope
+    order, chances = risk_order(state.margins[todo], None if shift is None else shift[todo], sizes)
+    runner.line_up(todo[order], chances * asked.typical)
 
 
 def _by_blocks(asked: Contest, board: Board, state: State, groups: Sequence[int], size: int) -> None:
@@ -126,7 +121,7 @@ def _by_blocks(asked: Contest, board: Board, state: State, groups: Sequence[int]
     state.enter(asked.removed, blocks[0])
     state.expect(groups)
     runners = [_runner(asked, state, group) for group in groups]
-    runners.sort(key=lambda runner: runner.hope)
+    runners.sort(key=lambda runner: (asked.hints.get(runner.group, len(asked.hints)), runner.hope))
     for runner in runners:  # a fresh start: what the first block gave is counted when its turn comes
         runner.log, runner.cost, runner.loss = Log.empty(state.n), 0, 0
     # The second pass goes backwards: its first block is still in memory.

@@ -15,9 +15,8 @@ def risk_order(
     margins: npt.NDArray[np.float32],
     shift: npt.NDArray[np.float32] | None,
     norm: npt.NDArray[np.float32] | None,
-    metric: str,
-) -> tuple[Indices, float]:
-    """The order of some images by falling risk, and about what all of them will cost.
+) -> tuple[Indices, npt.NDArray[np.float64]]:
+    """The order of some images by falling risk, and in that order about what each will cost.
 
     An image's margin without the candidate is today's margin plus a shift. Where an earlier step has measured the
     shift it is near that; elsewhere it is around zero, in proportion to the size of the candidate's channels.
@@ -26,11 +25,10 @@ def risk_order(
         margins: Without any candidate, (k,).
         shift: Margin shifts that were measured, (k,), NaN where none was; None: none at all.
         norm: Size of the candidate's channels on each image, (k,); None: not known.
-        metric: Name of the metric.
     """
     n = len(margins)
     if n == 0:
-        return np.zeros(0, np.int64), 0.0
+        return np.zeros(0, np.int64), np.zeros(0)
     margin = np.nan_to_num(margins.astype(np.float64), nan=0.0, posinf=1e3, neginf=-1e3)
     size = np.ones(n) if norm is None else norm.astype(np.float64)
     size = size / max(float(size.mean()), 1e-30)
@@ -41,8 +39,8 @@ def risk_order(
         unit = max(float(np.sqrt(np.mean(np.square(moved[known] / np.maximum(size[known], 1e-3))))), 1e-6)
     sigma = np.maximum(unit * size * np.where(known, KNOWN, 1.0), 1e-6)
     z = (margin + moved) / sigma
-    hope = float(_below_zero(z).sum()) if metric in ("top1", "top5", "balanced") else 0.0
-    return np.argsort(z, kind="stable"), hope
+    order = np.argsort(z, kind="stable")
+    return order, _below_zero(z[order])
 
 
 def _below_zero(z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -24,8 +24,8 @@ __all__ = ["Board", "Key", "Lane", "Log", "Race", "Rank", "Runner", "race"]
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
-FIRST = 8  # rows a candidate takes at least when its turn comes
-GROWTH = 1.5  # of that number from turn to turn
+FIRST = 4  # rows a candidate takes at least when its turn comes
+EAGER = 0.8  # part of the rows that it is expected to need which are run at once
 
 Key = tuple[float, int, int, int]  # cost (or what is lost for each MAC saved), loss, -MACs saved, group id
 
@@ -127,13 +127,12 @@ class Runner:
         saved: MACs its removal saves.
         rank: What its cost is compared as.
         log: Where its results go.
-        hope: What its final cost is expected to be; the order among equals, nothing else.
-        cost: So far.
-        loss: So far.
-        at: How many of `order` are done or under way.
-        turn: How many rows it takes at least when its turn comes.
-        under_way: Batches that hold rows of it.
-        queued: Whether it waits for its turn.
+        risk: Errors expected before each position of `order`, (len + 1,); decides what runs next, and nothing else.
+        cost: Counted so far.
+        loss: Counted so far.
+        at: How many of `order` are counted or under way.
+        counted: How many are counted.
+        version: Of its place in the queue.
         out: Whether it is known not to be among the best.
         more: Whether it has images besides those of `order`, in a later race.
     """
@@ -144,15 +143,34 @@ class Runner:
     saved: int
     rank: Rank
     log: Log
-    hope: float = 0.0
+    risk: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
     cost: int = 0
     loss: int = 0
     at: int = 0
-    turn: float = FIRST
-    under_way: int = 0
-    queued: bool = False
+    counted: int = 0
+    version: int = 0
     out: bool = False
     more: bool = False
+
+    def line_up(self, order: Indices, chances: npt.NDArray[np.float64]) -> None:
+        """Take images to run, and the chance of each to be an error."""
+        self.order, self.at, self.counted = order, 0, 0
+        self.risk = np.concatenate([[0.0], np.cumsum(chances)])
+
+    @property
+    def hope(self) -> float:
+        """What its cost is expected to be once all images of `order` are counted."""
+        return self.cost + float(self.risk[-1] - self.risk[self.counted])
+
+    @property
+    def expected(self) -> float:
+        """What its cost is expected to be once all batches under way are counted."""
+        return self.cost + float(self.risk[self.at] - self.risk[self.counted])
+
+    def needs(self, cost: float) -> int:
+        """About how many more images it takes to cost more than `cost`."""
+        wanted = self.risk[self.at] + EAGER * max(cost + 1 - self.expected, 0.0)
+        return int(np.searchsorted(self.risk, wanted)) - self.at
 
     @property
     def key(self) -> Key:
@@ -161,8 +179,8 @@ class Runner:
 
     @property
     def done(self) -> bool:
-        """All images are counted, or under way."""
-        return self.at >= len(self.order)
+        """All images are counted."""
+        return self.counted >= len(self.order)
 
 
 @dataclass(eq=False)
@@ -214,19 +232,20 @@ class Race:
         """Line up the runners; see `race`."""
         self.board = board
         self._guess, self._largest = guess, largest
-        self._heaps: dict[int, list[tuple[tuple[float, ...], int, Runner]]] = {}
+        self._heaps: dict[int, list[tuple[tuple[float, float], int, int, Runner]]] = {}
         self._serial = 0
         for runner in runners:
             if not runner.done:
                 self._push(runner)
             elif not runner.more:
-                self.board.enter(runner)
+                board.enter(runner)
 
     def _push(self, runner: Runner) -> None:
+        """Queue a candidate by what it will cost when all that is under way has come back."""
         self._serial += 1
-        runner.queued = True
-        urgency = (runner.rank.of(runner.cost), runner.hope)
-        heapq.heappush(self._heaps.setdefault(id(runner.lane), []), (urgency, self._serial, runner))
+        runner.version = self._serial
+        urgency = (runner.rank.of(int(runner.expected)), runner.hope)
+        heapq.heappush(self._heaps.setdefault(id(runner.lane), []), (urgency, self._serial, runner.version, runner))
 
     def next(self) -> _Batch | None:
         """Rows to run now, those of the lowest candidates; None where all are out, done or under way."""
@@ -234,31 +253,26 @@ class Race:
             heap = min((h for h in self._heaps.values() if h), key=lambda h: h[0][:2])
             found = self._fill(heap)
             if found:
-                parts = tuple(self._take(runner, n) for runner, n in found)
-                lowest, n, _ = parts[0]
-                if n >= lowest.lane.batch and not lowest.done:
-                    self._push(lowest)  # it fills batches alone: the next may run beside this one
-                return _Batch(lowest.lane, parts)
+                return _Batch(found[0][0].lane, tuple(self._take(runner, n) for runner, n in found))
         return None
 
-    def _fill(self, heap: list[tuple[tuple[float, ...], int, Runner]]) -> list[tuple[Runner, int]]:
+    def _fill(self, heap: list[tuple[tuple[float, float], int, int, Runner]]) -> list[tuple[Runner, int]]:
         batch: list[tuple[Runner, int]] = []
-        room = heap[0][2].lane.batch
+        room = heap[0][3].lane.batch
         bound = self.board.bound if self.board.bound is not None else self._guess
         while heap and room > 0:
-            runner = heap[0][2]
-            if self.board.out(runner):
-                heapq.heappop(heap)[2].queued = False
-                runner.out = True
+            _, _, version, runner = heap[0]
+            if version != runner.version or runner.at >= len(runner.order) or self._is_out(runner):
+                heapq.heappop(heap)
                 continue
-            # At least so many rows are needed before the candidate can be out.
-            gap = (runner.rank.reaches(bound) - runner.cost) // self._largest + 1
-            if batch and gap <= 0:
+            limit = runner.rank.reaches(bound)
+            if batch and runner.expected > limit:
                 break  # it may well be out once the lower ones are done
-            heapq.heappop(heap)[2].queued = False
-            take = min(max(int(runner.turn), gap), len(runner.order) - runner.at, room)
-            if gap <= runner.turn:
-                runner.turn = min(runner.turn, 64) * GROWTH
+            heapq.heappop(heap)
+            runner.version = 0
+            # It cannot be out before so many rows, and is likely to be after so many.
+            surely = (limit - runner.cost) // self._largest + 1 - (runner.at - runner.counted)
+            take = min(max(surely, runner.needs(limit), FIRST), len(runner.order) - runner.at, room)
             batch.append((runner, take))
             room -= take
         if batch and room > 0:
@@ -267,11 +281,15 @@ class Race:
             batch[0] = (runner, min(n + room, len(runner.order) - runner.at))
         return batch
 
-    @staticmethod
-    def _take(runner: Runner, n: int) -> tuple[Runner, int, Indices]:
+    def _is_out(self, runner: Runner) -> bool:
+        runner.out = runner.out or self.board.out(runner)
+        return runner.out
+
+    def _take(self, runner: Runner, n: int) -> tuple[Runner, int, Indices]:
         images = runner.order[runner.at : runner.at + n]
         runner.at += n
-        runner.under_way += 1
+        if runner.at < len(runner.order):
+            self._push(runner)
         return runner, n, images
 
     def done(self, batch: _Batch, rows: Rows) -> None:
@@ -282,12 +300,12 @@ class Race:
             runner.log.put(images, rows, where)
             runner.cost += int(rows.cost[where].sum())
             runner.loss += int(rows.loss[where].sum())
+            # Batches may come back in another order; how many are counted is all that matters here.
+            runner.counted += n
             start += n
-            runner.under_way -= 1
-            if runner.done:
-                if not runner.under_way and not runner.more:
-                    self.board.enter(runner)
-            elif not runner.queued:
+            if runner.done and not runner.more:
+                self.board.enter(runner)
+            elif runner.at < len(runner.order):
                 self._push(runner)
 
 

@@ -205,7 +205,7 @@ class Scorer:
         by_site = self._by_site(candidates)
         self.work.add(pairs=len(self.data) * len(candidates))
         keys, hints = list(by_site), {group: i for i, group in enumerate(order_hint or ())}
-        asked = Contest(gone, k, rank, saved, hints, self._judge.largest_cost, self.metric.name)
+        asked = Contest(gone, k, rank, saved, hints, self._judge.largest_cost, self._judge.typical_cost)
         won = lowest(asked, list(by_site.values()), lambda i, held: self._state(keys[i], gone, held), self._budget)
         return [self._picked(runner, gone) for runner in won]
 
