@@ -131,8 +131,6 @@ def gather(w: Walk) -> None:
         raise Refused("its indices are computed from the input")
     index = np.where(index < 0, index + shape[axis], index).astype(np.int64)
     out = np.take(labels, index, axis=axis)
-    if index.ndim == 0:
-        w.protect(np.take(labels, index, axis=axis), "Gather takes this one channel") if out.size == 1 else None
     w.edit("gather", input=1, axis=axis, labels=labels, index=index)
     w.emit(out)
 
