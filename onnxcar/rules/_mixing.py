@@ -59,7 +59,8 @@ def layer_norm(w: Walk) -> None:
         _rewritten(w, labels, list(range(axis, labels.ndim)), param_axis=hit[0], params_from=axis)
         return
     labels = w.protect_axis(labels, hit, "the norm's statistics run over all channels")
-    w.emit(labels)
+    for k in range(len(w.node.output)):  # mean and deviation too have the axes in front
+        w.emit(labels, k)
 
 
 def _rewritten(w: Walk, labels: Labels, axes: list[int], param_axis: int | None, params_from: int = 1) -> None:
@@ -150,6 +151,7 @@ def along_axis(w: Walk) -> None:
             w.emit(np.asarray(labels.take(0, axis=axis)) if drop else labels, k)
 
 
+BOUNDS = ("ReduceMax", "ReduceMin")
 SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")  # zero adds nothing: exact over masked channels
 
 
@@ -170,10 +172,12 @@ def reduce(w: Walk) -> None:
     if hit and kept:
         for a in hit:
             labels = w.same_along(labels, a, f"{op} joins them")
-    elif hit and (op in SUMS or (op == "ReduceMean" and w.norms == "rewrite")):
+    elif hit and (op in SUMS or (w.norms == "rewrite" and (op == "ReduceMean" or (op in BOUNDS and w.opset >= 8)))):
         w.read(0)
         if op == "ReduceMean":
             w.edit("mean", labels=labels, axes=hit)
+        elif op in BOUNDS:
+            w.edit("bound", labels=labels, axes=hit)
         labels = np.zeros((1,) * rank, np.int64)
     elif hit:
         labels = w.protect_axis(labels, hit, f"{op} runs over all channels")

@@ -271,6 +271,20 @@ def _mean(b: Bench, edit: Edit) -> None:
     b.nodes[edit.node].append(helper.make_node("Mul", [inner, share], [final], b.fresh(f"{final}_mul"), **legacy))
 
 
+def _bound(b: Bench, edit: Edit) -> None:
+    """A maximum (minimum) over channels of which some are gone, and so zero, is at least (at most) zero."""
+    (axis,) = edit.args["axes"]
+    if b.along(edit.args["labels"], axis).all():
+        return
+    node = b.nodes[edit.node][0]
+    dtype = helper.tensor_dtype_to_np_dtype(b.facts.dtype(node.input[0]))
+    zero = b.tensors.constant(np.asarray(0, dtype), f"{node.output[0]}_zero")
+    final, inner = node.output[0], b.fresh(node.output[0])
+    node.output[0] = inner
+    kind = "Max" if node.op_type == "ReduceMax" else "Min"
+    b.nodes[edit.node].append(helper.make_node(kind, [inner, zero], [final], b.fresh(f"{final}_bound")))
+
+
 def _norm(b: Bench, edit: Edit) -> None:
     """LayerNormalization and its kin over the kept channels with the statistics of all, the removed ones zero.
 
@@ -350,6 +364,7 @@ def _shuffle(b: Bench, edit: Edit) -> None:
 
 EDITS: dict[str, Callable[[Bench, Edit], None]] = {
     "blocks": _blocks,
+    "bound": _bound,
     "gather": _gather,
     "lrn": _lrn,
     "mean": _mean,
