@@ -222,10 +222,10 @@ def matched(full: Array, cut: Array) -> list[Array] | None:
 def by_slices(full: Array, cut: Array, axis: int) -> Array | None:
     """Positions of whole slices along `axis`; of equal ones the next in order."""
     places: dict[bytes, list[int]] = {}
-    for i, row in enumerate(np.moveaxis(full, axis, 0)):
+    for i, row in enumerate(np.ascontiguousarray(np.moveaxis(full, axis, 0))):
         places.setdefault(row.tobytes(), []).append(i)
     found, last = [], -1
-    for row in np.moveaxis(cut, axis, 0):
+    for row in np.ascontiguousarray(np.moveaxis(cut, axis, 0)):
         held = places.get(row.tobytes())
         if not held:
             return None
@@ -270,7 +270,7 @@ def _twin_rows(full: Array, writes: int, gone: Array) -> Array:
     """Rows that are gone and equal one that stays: which of them went cannot be told."""
     if not gone.any() or gone.shape[0] != full.shape[writes]:
         return np.zeros(gone.shape, bool)
-    rows = [r.tobytes() for r in np.moveaxis(full, writes, 0)]
+    rows = [r.tobytes() for r in np.ascontiguousarray(np.moveaxis(full, writes, 0))]
     stay = {r for r, g in zip(rows, gone, strict=True) if not g}
     return np.asarray([g and r in stay for r, g in zip(rows, gone, strict=True)])
 
