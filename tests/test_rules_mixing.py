@@ -165,6 +165,17 @@ def test_layer_normalization_over_other_axes_lets_channels_pass():
     assert_exact(model)
 
 
+def test_the_mean_that_layer_normalization_gives_has_the_channels_before_its_axis():
+    net, a = start()
+    y, mean, _ = net.op("LayerNormalization", a, net.positive(8, 8), n=3, axis=2, name="norm")
+    model = net.model(net.head(net.op("Add", y, mean)))
+    assert n_groups(analyze(model), "conv") == C
+    assert_exact(model)
+    net, a = start()
+    y, mean, _ = net.op("LayerNormalization", a, net.positive(8, 8), n=3, axis=2, name="norm")
+    assert_protected(analyze(net.model(net.head(y), mean)), "conv", mean, "output of the network")
+
+
 def test_layer_normalization_over_everything_may_be_rewritten():
     net, a = start()
     y = net.op("LayerNormalization", a, net.positive(C, 8, 8), net.random(C, 8, 8), axis=1, name="norm")
@@ -258,6 +269,21 @@ def test_a_mean_over_channels_may_be_rewritten(keepdims):
     assert_exact(model, norms="rewrite")
 
 
+@pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin"])
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_bounds_over_channels_may_be_rewritten(op, keepdims):
+    # masked channels are zeros, which may be the largest or the smallest of all
+    net, a = start()
+    shift = np.float32(-2.0 if op == "ReduceMax" else 2.0)
+    y = net.reduce(op, net.op("Add", a, shift), [1], keepdims, name="bound")
+    if not keepdims:
+        y = net.op("Unsqueeze", y, net.ints(1))
+    model = net.model(net.head(net.op("Mul", y, net.random(1, 2, 1, 1))))
+    assert prunable(analyze(model), "conv") == 0
+    assert n_groups(analyze(model, norms="rewrite"), "conv") == C
+    assert_exact(model, Plan([0, 2, 3]), norms="rewrite")
+
+
 def test_a_reduction_of_everything():
     net, a = start()
     total = net.op("ReduceSum", a, name="sum", keepdims=0)
@@ -315,6 +341,13 @@ def test_softmax_before_opset_13_flattens_from_its_axis_on():
     model = net.model(net.head(net.op("Softmax", a, axis=2)))
     assert n_groups(analyze(model), "conv") == C
     assert_exact(model)
+
+
+def test_softmax_before_opset_13_takes_later_axes_along():
+    net, a = start(opset=11)
+    y = net.op("Softmax", net.op("Transpose", a, perm=[0, 2, 3, 1]), name="soft", axis=1)  # channels on axis 3
+    space = analyze(net.model(net.head(net.op("Transpose", y, perm=[0, 3, 1, 2]))))
+    assert_protected(space, "conv", "soft", "compares all channels")
 
 
 @pytest.mark.parametrize("op", ["ArgMax", "ArgMin"])

@@ -111,3 +111,15 @@ def test_sizes_at_opset_9():
     model = net.model(net.head(y))
     assert n_groups(analyze(model), "conv") == C
     assert_exact(model, batches=(1, 2, 5))
+
+
+def test_sizes_of_a_value_that_inference_does_not_know():
+    # the shape of another domain's op is only declared; sizes are read from it for a value that is cut
+    net, a = start()
+    odd = net.op("QuickGelu", net.conv("x", C, name="kept"), domain="com.microsoft")
+    net.declare(odd, ["N", C, 8, 8])
+    y = net.declare(net.op("Reshape", a, net.op("Shape", odd)), ["N", C, 8, 8])
+    model = net.model(net.head(net.op("Concat", y, odd, axis=1)))
+    space = analyze(model)
+    assert (n_groups(space, "conv"), n_groups(space, "kept")) == (C, 0)
+    assert_exact(model, Plan([0, 1]), batches=(1, 2, 5))
