@@ -434,6 +434,21 @@ def test_joint_channels_are_cut_as_a_box():
     assert_exact(model)
 
 
+def test_channels_that_are_all_tied_together_are_protected_for_it():
+    # a square box and its transpose: rows tie to columns, so that all four leave at once or never
+    net = Net()
+    a = net.op("Relu", net.gemm(net.input("x", ("N", 9)), 4))
+    y = net.reshape(a, 0, 2, 2)
+    y = net.op("Add", y, net.op("Transpose", y, perm=[0, 2, 1]))
+    model = net.model(net.gemm(net.op("Tanh", net.gemm(net.reshape(y, 0, 4), 5, name="next")), 4))
+    space = analyze(model)
+    assert {p.reason for p in space.protected if p.layer == "fc"} == {
+        "all channels of this value leave together, and it would be empty"
+    }
+    assert n_groups(space, "next") == 5
+    assert_exact(model)
+
+
 # --- sizes of channels -------------------------------------------------------------------------------------------
 
 

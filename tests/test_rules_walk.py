@@ -216,6 +216,17 @@ def test_functions_protect_what_enters():
     assert_exact(model)
 
 
+def test_a_function_that_shares_the_name_of_an_op_has_no_rule():
+    net, a = start()
+    proto = net.proto(net.head(net.op("Softsign", a, name="mine")))
+    body = [helper.make_node("Softmax", ["input"], ["output"], axis=1)]  # not what the operator of this name does
+    proto.functions.append(
+        helper.make_function("", "Softsign", ["input"], ["output"], body, [helper.make_opsetid("", 17)])
+    )
+    space = analyze(from_proto(proto))
+    assert_protected(space, "conv", "mine", "Softsign has no rule")
+
+
 def conditional(net: Net, a: str) -> str:
     """If whose branches use `a` of the main graph."""
     kind = helper.make_tensor_value_info

@@ -73,6 +73,17 @@ def test_a_constant_that_is_an_output_too_is_copied():
     assert weights_of(done.pruned)[node_of(done.pruned, "use").input[1]].shape == (4, 1, 1)
 
 
+def test_a_constant_that_is_an_output_itself_keeps_its_values():
+    net = Net()
+    k = net.op("Identity", net.const(net.positive(6, 1, 1), "scale"), name="out")
+    y = net.op("Mul", net.conv(net.input(), 6), k, name="use")
+    model = net.model(net.head(y), k)
+    (done,) = assert_exact(model, Plan([0, 1]))
+    assert node_of(done.pruned, "out").input[0] == "scale"
+    assert weights_of(done.pruned)["scale"].shape == (6, 1, 1)
+    assert weights_of(done.pruned)[node_of(done.pruned, "use").input[1]].shape == (4, 1, 1)
+
+
 def test_the_chain_behind_a_weight_is_followed():
     net = Net()
     stored = net.const(net.random(3, 3, 3, 6).astype(np.float64), "stored")
