@@ -6,7 +6,6 @@ Everything that runs a model goes through `Session`; what ONNX Runtime throws le
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import onnx
 from onnx import helper
 
 from onnxcar._graphs import constants, cut, extract, free_batch, graph_inputs, plain, uses, value_types
+from onnxcar._providers import Provider, onnx_runtime, resolve_provider
 from onnxcar.errors import DataError, ModelError, RuntimeMissingError
 from onnxcar.model import Model
 
@@ -43,34 +43,8 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
-INSTALL = (
-    "Install one of the two builds:\n"
-    '  pip install "onnxcar[cpu]"    runs on every machine\n'
-    '  pip install "onnxcar[gpu]"    for NVIDIA GPUs (CUDA libraries included)'
-)
 MAX_PROTO_BYTES = 2**31 - 1
-# Name on the command line -> providers of ONNX Runtime, most wanted first.
-_ORT_NAMES = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
-    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
-}
 _AGREE = 1e-3  # two ways of batching the same network: largest difference, relative to the largest output
-
-
-@dataclass(frozen=True)
-class Provider:
-    """An execution provider that has been seen to load.
-
-    Attributes:
-        name: "cpu", "cuda" or "tensorrt".
-        ort_names: What ONNX Runtime is asked for, in order.
-        note: One line for people when `auto` had to decide; else empty.
-    """
-
-    name: str
-    ort_names: tuple[str, ...]
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,83 +73,6 @@ def n_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
-
-
-# --- providers ------------------------------------------------------------------------------------------------------
-
-
-def _ort() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as exc:
-        raise RuntimeMissingError(f"ONNX Runtime is not installed. {INSTALL}", provider=None) from exc
-    if not hasattr(onnxruntime, "InferenceSession"):
-        # Both wheels fill one folder: uninstalling either leaves an empty package behind.
-        raise RuntimeMissingError(
-            "The package onnxruntime is there but empty (one of its two builds was uninstalled over the other). "
-            f"Uninstall onnxruntime and onnxruntime-gpu both, then install one. {INSTALL}",
-            provider=None,
-        )
-    return onnxruntime
-
-
-def resolve_provider(name: str | Provider = "auto") -> Provider:
-    """The provider of that name, after it has run a one-node network.
-
-    Args:
-        name: "auto" (CUDA if it really loads, else CPU), "cpu", "cuda" or "tensorrt".
-
-    Raises:
-        RuntimeMissingError: No ONNX Runtime, or the provider asked for does not load (fact `provider`).
-    """
-    if isinstance(name, Provider):
-        return name
-    if name == "auto":
-        if "CUDAExecutionProvider" in _ort().get_available_providers() and _load_failure("cuda") is None:
-            return Provider("cuda", _ORT_NAMES["cuda"], "Running on the GPU (CUDA).")
-        return Provider("cpu", _ORT_NAMES["cpu"], "Running on the CPU; no working CUDA was found.")
-    if name not in _ORT_NAMES:
-        raise RuntimeMissingError(
-            f"There is no provider {name!r}. Take one of auto, {', '.join(_ORT_NAMES)}.", provider=name
-        )
-    failure = _load_failure(name)
-    if failure is not None:
-        raise RuntimeMissingError(failure, provider=name)
-    return Provider(name, _ORT_NAMES[name])
-
-
-def _load_failure(name: str) -> str | None:
-    """Why a provider does not load, None if it does."""
-    ort = _ort()
-    wanted = _ORT_NAMES[name][0]
-    if wanted not in ort.get_available_providers():
-        return (
-            f"Provider {name!r} is not in this build of ONNX Runtime ({ort.__version__} has "
-            f"{', '.join(ort.get_available_providers())}). Uninstall onnxruntime, then pip install "
-            '"onnxcar[gpu]"; or take --provider cpu.'
-        )
-    if wanted != "CPUExecutionProvider" and hasattr(ort, "preload_dlls"):
-        with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["y"])], "probe", [value("x", 1, [1])], [value("y", 1, [1])]
-    )
-    probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # the message below says it
-    reason = ""
-    try:
-        made = ort.InferenceSession(probe.SerializeToString(), options, providers=[wanted])
-        # Without working CUDA libraries ONNX Runtime falls back to the CPU and says nothing.
-        if made.get_providers()[0] == wanted:
-            return None
-    except Exception as exc:
-        reason = f" ({str(exc).splitlines()[0][:200]})"
-    return (
-        f"Provider {name!r} is in this build of ONNX Runtime {ort.__version__} but does not load{reason}: a driver or "
-        "a CUDA library is missing or of another version. `onnxcar doctor` says which; or take --provider cpu."
-    )
 
 
 # --- sessions -------------------------------------------------------------------------------------------------------
@@ -207,9 +104,34 @@ class Session:
         """
         bound = self.bind(feeds)
         try:
+            if self.on_device:
+                return self._run_bound(bound, self.outputs if outputs is None else outputs)
             return list(self._inner.run(None if outputs is None else list(outputs), bound))
         except Exception as exc:
             raise ModelError(f"ONNX Runtime failed to run the model: {_first_line(exc)}") from exc
+
+    @property
+    def on_device(self) -> bool:
+        """Whether inputs have to travel to a device: then `hold` what is fed more than once."""
+        return self.provider.name != "cpu"
+
+    def hold(self, value: Array) -> Any:
+        """The array on the session's device, to be fed again and again without a copy."""
+        if not self.on_device:
+            return value
+        return onnx_runtime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), "cuda", 0)
+
+    def _run_bound(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Array]:
+        binding = self._inner.io_binding()
+        for name, value in feeds.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, value)
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name)
+        self._inner.run_with_iobinding(binding)
+        return list(binding.copy_outputs_to_cpu())
 
     def bind(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """The feeds by the graph's own names, checked against its shapes and cast to its types."""
@@ -245,7 +167,7 @@ def session(model: Model | onnx.ModelProto, *, provider: str | Provider = "cpu",
         ModelError: ONNX Runtime does not load it.
         RuntimeMissingError: As `resolve_provider`.
     """
-    ort = _ort()
+    ort = onnx_runtime()
     where = resolve_provider(provider)
     count = n_cores() if threads is None else max(1, threads)
     options = ort.SessionOptions()

@@ -13,7 +13,7 @@ from onnxcar.channels import ChannelSpace
 from onnxcar.errors import InternalError
 from onnxcar.executors import Pool
 from onnxcar.metrics import Metric, Score, Tally, metric
-from onnxcar.runtime import n_cores, open_network
+from onnxcar.runtime import n_cores, open_network, resolve_provider
 from onnxcar.scoring._evaluate import SHARE, feeds, free_bytes, judge_for, samples_per_run
 from onnxcar.scoring._lowest import Contest, lowest
 from onnxcar.scoring._race import Key, Log, Rank, Runner
@@ -82,9 +82,11 @@ class Scorer:
         few = np.arange(min(4, len(data)), dtype=np.int64)
         sample = data.inputs(few) if len(few) else {}
         tried = sample if all(len(value) > 1 for value in sample.values()) and sample else None
-        self._pool = Pool(n_cores() if threads is None else threads)
+        where = resolve_provider(provider)
+        # A GPU is one worker, and another prepares the next batch meanwhile.
+        self._pool = Pool((n_cores() if threads is None else threads) if where.name == "cpu" else 2)
         # Batches run side by side, each on one thread: nobody waits for anybody inside a run.
-        self._network = open_network(space.model, provider=provider, threads=1, sample=tried)
+        self._network = open_network(space.model, provider=where, threads=1, sample=tried)
         self._judge = judge_for(self._network, data, self.metric)
         self._sample = feeds(self._network, data, few)
         self._step = samples_per_run(self._network, self._sample, self._memory, batch_size)

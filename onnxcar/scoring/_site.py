@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
 
-from onnxcar.channels import ChannelSpace, Read
+from onnxcar.channels import ChannelSpace
 from onnxcar.errors import DataError, ModelError
 from onnxcar.executors import Pool
 from onnxcar.model import Model
-from onnxcar.runtime import Network, Session, constants, extract, graph_inputs, session, uses, value_types
+from onnxcar.runtime import Network, Session, extract, graph_inputs, session, uses
+from onnxcar.scoring._build import PREFIX, batch_first, cut_values, gather_rows, mask_name, masked, outputs, value_kinds
 from onnxcar.scoring._linear import Reader, linear_readers, subtract
 
 __all__ = ["BASE", "Block", "Site", "open_site", "reads_of", "whole_site"]
@@ -27,7 +27,6 @@ __all__ = ["BASE", "Block", "Site", "open_site", "reads_of", "whole_site"]
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 BASE = -2  # as a candidate: none; -1 marks positions that belong to no group
-PREFIX = "onnxcar."
 ROUNDING = 1e-3  # a shortcut further off than this, relative to the outputs, is wrong
 SAFETY = 64  # rows whose outputs are nearer than so many times the rounding seen run the whole suffix
 
@@ -40,11 +39,32 @@ class Block:
         indices: Which images, (k,).
         values: Value name -> (k, ...).
         read: Output of each linear reader for the network as pruned so far, (k, ...); see `Site.refresh`.
+        device: Copies on the device, by name; see `held`.
     """
 
     indices: Indices
     values: dict[str, Array]
     read: dict[str, Array] = field(default_factory=dict)
+    device: dict[str, Any] = field(default_factory=dict)
+
+    def held(self, session: Session) -> dict[str, Any]:
+        """All values where the session runs: on a GPU they are copied there once."""
+        if not session.on_device:
+            return self.values | self.read
+        for name, value in (self.values | self.read).items():
+            if name not in self.device:
+                self.device[name] = session.hold(value)
+        return self.device
+
+    def flat(self, name: str, session: Session) -> Any:
+        """A value with images and channels on one axis, (k * channels, ...), where the session runs."""
+        value = self.values[name]
+        flat = value.reshape(-1, *value.shape[2:])
+        if not session.on_device:
+            return flat
+        if (key := "flat." + name) not in self.device:
+            self.device[key] = session.hold(flat)
+        return self.device[key]
 
     @property
     def n_bytes(self) -> int:
@@ -148,13 +168,15 @@ class Site:
 
         for start, got in (pool or Pool(1)).map(run, range(0, n, batch)):
             _store(block.read, dict(zip(session.outputs, got, strict=True)), start, n)
+        for name in session.outputs:
+            block.device.pop(name, None)
 
     def masks(self, candidates: Indices, session: Session | None = None) -> dict[str, Array]:
         """Feeds that mask each row's candidate, (k,), and all removed groups."""
         types = self._types if session is None else {i.name: i.dtype for i in session.inputs}
         out = {}
         for k, groups in self._groups.items():
-            name = _mask_name(k)
+            name = mask_name(k)
             if name in types:
                 shape = (-1, *(1,) * (groups.ndim - 1))
                 alive = self._keep[k] & (groups != candidates.reshape(shape))
@@ -192,19 +214,21 @@ class Site:
         return out
 
     def _run_rows(self, block: Block, candidates: Indices, rows: Indices) -> Array:
-        feeds: dict[str, Any] = {PREFIX + "all." + name: value for name, value in block.values.items()}
+        wanted = {i.name for i in self.suffix.inputs}
+        feeds: dict[str, Any] = {PREFIX + "all." + name: value for name, value in block.held(self.suffix).items()}
+        feeds = {name: value for name, value in feeds.items() if name in wanted}
         feeds[PREFIX + "rows"] = rows
         feeds.update(self.masks(candidates))
         return self.suffix.run(feeds)[0]
 
     def _run_short(self, short: Shortcut, block: Block, candidates: Indices, rows: Indices) -> Array:
         feeds: dict[str, Any] = {PREFIX + "rows": rows}
-        feeds |= {f"{PREFIX}all.{name}": value for part in (block.values, block.read) for name, value in part.items()}
+        feeds |= {f"{PREFIX}all.{name}": value for name, value in block.held(short.suffix).items()}
         for reader in short.readers:
             if PREFIX + "flat." + reader.value in feeds:
                 continue
             value = block.values[reader.value]
-            feeds[PREFIX + "flat." + reader.value] = value.reshape(-1, *value.shape[2:])
+            feeds[PREFIX + "flat." + reader.value] = block.flat(reader.value, short.suffix)
             position, channels = reader.lookup(candidates)
             feeds[PREFIX + "candidate." + reader.value] = position
             feeds[PREFIX + "channel." + reader.value] = rows[:, None] * value.shape[1] + channels
@@ -251,7 +275,7 @@ def open_site(
     Raises:
         ModelError: ONNX Runtime does not run the graphs.
     """
-    if reads and network.fixed is None and all(_batch_first(space, space.reads[k]) for k in reads):
+    if reads and network.fixed is None and all(batch_first(space, space.reads[k]) for k in reads):
         try:
             site = _row_site(space, network, reads, removed)
             if sample is None or _agrees(site, network, sample, removed):
@@ -265,10 +289,10 @@ def open_site(
 
 def whole_site(space: ChannelSpace, network: Network, reads: tuple[int, ...], removed: Collection[int]) -> Site:
     """A site that runs the whole network, one candidate a run: for fixed batches, or reads whose batch is not first."""
-    proto = _masked(space, network.proto, reads, removed)
+    proto = masked(space, network.proto, reads, removed)
     names = [i.name for i in graph_inputs(network.proto)]
     suffix = _session(
-        space, extract(proto, [*names, *map(_mask_name, reads)], _outputs(proto), _types(space, proto)), network
+        space, extract(proto, [*names, *map(mask_name, reads)], outputs(proto), value_kinds(space, proto)), network
     )
     site = Site(space, reads, None, suffix, names, network.fixed)
     site.by_row = False
@@ -277,11 +301,11 @@ def whole_site(space: ChannelSpace, network: Network, reads: tuple[int, ...], re
 
 
 def _row_site(space: ChannelSpace, network: Network, reads: tuple[int, ...], removed: Collection[int]) -> Site:
-    proto = _masked(space, network.proto, reads, removed)
-    cut = _cut_values(space, network.proto, reads)
-    types = _types(space, proto)
-    suffix_proto = extract(proto, [*cut, *map(_mask_name, reads)], _outputs(proto), types)
-    _gather_rows(suffix_proto, cut)
+    proto = masked(space, network.proto, reads, removed)
+    cut = cut_values(space, network.proto, reads)
+    types = value_kinds(space, proto)
+    suffix_proto = extract(proto, [*cut, *map(mask_name, reads)], outputs(proto), types)
+    gather_rows(suffix_proto, cut)
     prefix_proto = extract(proto, [i.name for i in graph_inputs(network.proto)], cut, types)
     prefix = Network(_session(space, prefix_proto, network), prefix_proto)
     site = Site(space, reads, prefix, _session(space, suffix_proto, network), cut)
@@ -297,21 +321,21 @@ def _shorten(site: Site, network: Network, removed: Collection[int], sample: Map
     if not readers:
         return
     values = [space.reads[k].value for k in entries]
-    outputs = [reader.output for reader in readers]
-    proto = _masked(space, network.proto, site.reads, removed)
-    types = _types(space, proto)
-    masks = [_mask_name(k) for k in entries]
+    read = [reader.output for reader in readers]
+    proto = masked(space, network.proto, site.reads, removed)
+    types = value_kinds(space, proto)
+    masks = [mask_name(k) for k in entries]
     try:
-        reader = _session(space, extract(proto, [*values, *masks], outputs, types), network)
-        rest = [_mask_name(k) for k in site.reads if k not in entries]
-        suffix = extract(proto, [*dict.fromkeys([*site.cut, *outputs]), *rest], _outputs(proto), types)
+        reader = _session(space, extract(proto, [*values, *masks], read, types), network)
+        rest = [mask_name(k) for k in site.reads if k not in entries]
+        suffix = extract(proto, [*dict.fromkeys([*site.cut, *read]), *rest], outputs(proto), types)
         used = {name for node in suffix.graph.node for name in uses(node)}
-        if set(outputs) - used:
+        if set(read) - used:
             return  # Z is the network's output itself
-        kept = [i for i in suffix.graph.input if i.name in used and i.name not in outputs]
+        kept = [i for i in suffix.graph.input if i.name in used and i.name not in read]
         del suffix.graph.input[:]
         suffix.graph.input.extend(kept)
-        _gather_rows(suffix, site.cut)
+        gather_rows(suffix, site.cut)
         subtract(suffix, readers, PREFIX + "rows", types)
         site.shortcut = Shortcut(tuple(readers), reader, _session(space, suffix, network))
         doubt = _rounding(site, network, sample)
@@ -340,121 +364,6 @@ def _rounding(site: Site, network: Network, sample: Mapping[str, Array]) -> floa
 def _session(space: ChannelSpace, proto: onnx.ModelProto, network: Network) -> Session:
     inner = network.session
     return session(Model(proto, "", space.model.path), provider=inner.provider, threads=inner.threads)
-
-
-def _outputs(proto: onnx.ModelProto) -> list[str]:
-    return [proto.graph.output[0].name]
-
-
-def _types(space: ChannelSpace, proto: onnx.ModelProto) -> dict[str, int]:
-    """Element types of all values of a masked graph."""
-    found = {name: space.facts.dtype(name) for node in proto.graph.node for name in [*node.input, *node.output] if name}
-    if any(not kind for name, kind in found.items() if not name.startswith(PREFIX)):
-        found = value_types(proto) | {name: kind for name, kind in found.items() if kind}
-    for info in proto.graph.input:
-        found[info.name] = info.type.tensor_type.elem_type
-    return found
-
-
-def _mask_name(read: int) -> str:
-    return f"{PREFIX}mask.{read}"
-
-
-def _batch_first(space: ChannelSpace, read: Read) -> bool:
-    fixed = space.facts.dims_fixed(read.value)
-    return read.groups.shape[0] == 1 and len(fixed) > 0 and not fixed[0]
-
-
-def _masked(
-    space: ChannelSpace, proto: onnx.ModelProto, site: Collection[int], removed: Collection[int]
-) -> onnx.ModelProto:
-    """A copy in which the site's reads are multiplied by inputs, all others by constants where groups are removed."""
-    if (space.facts.opset or 0) < 7:
-        raise ModelError("Operator sets below 7 have no broadcasting; masks cannot be inputs.")
-    alive = space.alive(removed)
-    made = onnx.ModelProto()
-    made.CopyFrom(proto)
-    before: dict[int, list[onnx.NodeProto]] = {}
-    for k, read in enumerate(space.reads):
-        keep = alive[read.groups]
-        if k not in site and keep.all():
-            continue
-        kind = space.facts.dtype(read.value) or onnx.TensorProto.FLOAT
-        name = f"{PREFIX}masked.{k}"
-        if k in site:
-            made.graph.input.append(helper.make_tensor_value_info(_mask_name(k), kind, None))
-        else:
-            values = keep.astype(helper.tensor_dtype_to_np_dtype(kind))
-            made.graph.initializer.append(numpy_helper.from_array(values, _mask_name(k)))
-        node = helper.make_node("Mul", [read.value, _mask_name(k)], [name], name=name)
-        before.setdefault(min(i for i, _ in read.consumers), []).append(node)
-        for i, j in read.consumers:
-            made.graph.node[i].input[j] = name
-    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in made.graph.node]
-    del made.graph.node[:]
-    for i, node in enumerate(nodes):
-        made.graph.node.extend(before.get(i, ()))
-        made.graph.node.append(node)
-    return made
-
-
-def _cut_values(space: ChannelSpace, proto: onnx.ModelProto, reads: Sequence[int]) -> list[str]:
-    """Values that enter the suffix, one row for each image.
-
-    The suffix is what lies behind the masked reads, and with it every value it needs that is no row of an image (a
-    shape computed from the batch size, say): such values are computed anew from rows.
-    """
-    nodes = proto.graph.node
-    fixed = constants(proto)
-    needs = [[name for name in uses(node) if name not in fixed] for node in nodes]
-    producer = {name: i for i, node in enumerate(nodes) for name in node.output if name}
-    wanted: set[int] = set()
-    stack = [producer[name] for name in _outputs(proto) if name in producer]
-    while stack:
-        i = stack.pop()
-        if i not in wanted:
-            wanted.add(i)
-            stack.extend(producer[name] for name in needs[i] if name in producer)
-    inside = {i for k in reads for i, _ in space.reads[k].consumers} & wanted
-    tainted = {name for i in inside for name in nodes[i].output}
-    for i in sorted(wanted):
-        if i not in inside and any(name in tainted for name in needs[i]):
-            inside.add(i)
-            tainted.update(nodes[i].output)
-    stack = sorted(inside)
-    cut: dict[str, None] = {}
-    while stack:
-        for name in needs[stack.pop()]:
-            if name in tainted:
-                continue
-            if name not in producer or _is_row(space, name):
-                cut[name] = None
-            elif producer[name] not in inside:
-                inside.add(producer[name])
-                tainted.update(nodes[producer[name]].output)
-                stack.append(producer[name])
-    order = {name: i for i, node in enumerate(nodes) for name in node.output}
-    return sorted((name for name in cut if name not in tainted), key=lambda name: order.get(name, -1))
-
-
-def _is_row(space: ChannelSpace, name: str) -> bool:
-    fixed = space.facts.dims_fixed(name)
-    return len(fixed) > 0 and not fixed[0] and all(fixed[1:])
-
-
-def _gather_rows(proto: onnx.ModelProto, cut: Sequence[str]) -> None:
-    """Each cut value becomes an input of all images, and a Gather takes the rows of a run from it."""
-    graph = proto.graph
-    gathers = []
-    for info in graph.input:
-        if info.name in cut:
-            name = info.name
-            info.name = f"{PREFIX}all.{name}"
-            gathers.append(helper.make_node("Gather", [info.name, PREFIX + "rows"], [name], axis=0))
-    graph.input.append(helper.make_tensor_value_info(PREFIX + "rows", onnx.TensorProto.INT64, None))
-    nodes = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*gathers, *nodes])
 
 
 def _agrees(site: Site, network: Network, sample: Mapping[str, Array], removed: Collection[int]) -> bool:
