@@ -153,14 +153,17 @@ def fields(space: ChannelSpace, selected: Sequence[Layer], exclude: Sequence[str
 def whole_layers(space: ChannelSpace, selected: Sequence[Layer], exclude: Sequence[str]) -> tuple[Field, ...]:
     """For each selected layer all groups that take filters of it, those that count for an earlier layer too.
 
-    What a pruning ratio means for a layer: `fields` says where a group competes, this says whom it touches.
+    What a pruning ratio means for a layer: `fields` says where a group competes, this says whom it touches. A depthwise
+    layer all of whose filters follow searched groups is held to the ratio as well.
     """
     searched = {g for field in fields(space, selected, exclude, "layer") for g in field.groups}
+    chosen = {layer.index for layer in selected}
     out = []
-    for layer in selected:
+    for layer in space.layers:
         ids, numbers = np.unique(layer.groups[layer.groups >= 0], return_counts=True)
         counts = {g: n for g, n in zip(ids.tolist(), numbers.tolist(), strict=True) if g in searched}
-        if counts:
+        follows = layer.kind == "depthwise" and len(counts) == len(ids)
+        if counts and (layer.index in chosen or follows):
             out.append(Field(layer.node, tuple(counts), layer.filters, counts, (layer.index,)))
     return tuple(out)
 
