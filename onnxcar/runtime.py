@@ -276,11 +276,13 @@ class Network:
         session: What runs.
         proto: The graph behind it, weights among the inputs stripped; batch freed where that works.
         fixed: Samples a run must have, None = any number.
+        freed: Whether `proto` is the copy without the file's fixed batch.
     """
 
     session: Session
     proto: onnx.ModelProto
     fixed: int | None = None
+    freed: bool = False
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -334,7 +336,7 @@ def open_network(
     try:
         copy = free_batch(proto)
         made = Model(copy, "", model.path) if isinstance(model, Model) else copy
-        freed = Network(session(made, provider=where, threads=threads), copy)
+        freed = Network(session(made, provider=where, threads=threads), copy, freed=True)
         ours, theirs = freed.run(feeds), whole.run(feeds)
         if all(_agree(a, b) for a, b in zip(ours, theirs, strict=True)):
             return freed

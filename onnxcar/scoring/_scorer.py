@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,9 @@ import numpy.typing as npt
 from onnxcar.channels import ChannelSpace
 from onnxcar.errors import InternalError
 from onnxcar.executors import Pool
+from onnxcar.facts import trace
 from onnxcar.metrics import Metric, Score, Tally, metric
+from onnxcar.model import Model
 from onnxcar.runtime import n_cores, open_network, resolve_provider
 from onnxcar.scoring._evaluate import SHARE, feeds, free_bytes, judge_for, samples_per_run
 from onnxcar.scoring._lowest import Contest, lowest
@@ -87,6 +89,9 @@ class Scorer:
         self._pool = Pool((n_cores() if threads is None else threads) if where.name == "cpu" else 2)
         # Batches run side by side, each on one thread: nobody waits for anybody inside a run.
         self._network = open_network(space.model, provider=where, threads=1, sample=tried)
+        # Which axes follow the batch is known of the copy whose batch is free, not of the file.
+        freed = Model(self._network.proto, "", space.model.path)
+        self._rows_space = replace(space, facts=trace(freed)) if self._network.freed else space
         self._judge = judge_for(self._network, data, self.metric)
         self._sample = feeds(self._network, data, few)
         self._step = samples_per_run(self._network, self._sample, self._memory, batch_size)
@@ -110,7 +115,7 @@ class Scorer:
 
     def _whole(self, removed: frozenset[int]) -> Score:
         # No read of its own: removed groups are constants of the graph.
-        site = whole_site(self.space, self._network, (), removed) if removed else None
+        site = whole_site(self._rows_space, self._network, (), removed) if removed else None
 
         def run(start: int) -> tuple[Tally, Array]:
             at = np.arange(start, min(start + self._step, len(self.data)), dtype=np.int64)
@@ -264,7 +269,7 @@ class Scorer:
         state = self._states.pop(key, None)
         if state is None or state.foreign != foreign:
             shifts = {} if state is None else state.shifts
-            site = open_site(self.space, self._network, key, foreign, sample=self._sample)
+            site = open_site(self._rows_space, self._network, key, foreign, sample=self._sample)
             state = State(site, foreign, self._judge, self._inputs, self._step, 1, self._pool, self.work, shifts=shifts)
             few = np.arange(min(4, len(self.data)), dtype=np.int64)
             state.each_bytes = max(1, site.load(self._inputs, few, len(few)).n_bytes // len(few))

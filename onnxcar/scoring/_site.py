@@ -26,6 +26,8 @@ __all__ = ["BASE", "Block", "Site", "open_site", "reads_of", "whole_site"]
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
+# Not continuous: a difference in the last bit may come out as a whole step.
+_STEPS = {"QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil", "Sign", "Mod", "ArgMax", "TopK"}
 BASE = -2  # as a candidate: none; -1 marks positions that belong to no group
 ROUNDING = 1e-3  # a shortcut further off than this, relative to the outputs, is wrong
 SAFETY = 64  # rows whose outputs are nearer than so many times the rounding seen run the whole suffix
@@ -330,6 +332,8 @@ def _shorten(site: Site, network: Network, removed: Collection[int], sample: Map
         rest = [mask_name(k) for k in site.reads if k not in entries]
         suffix = extract(proto, [*dict.fromkeys([*site.cut, *read]), *rest], outputs(proto), types)
         used = {name for node in suffix.graph.node for name in uses(node)}
+        if any(node.op_type in _STEPS for node in suffix.graph.node):
+            return  # behind a step function rounding can become anything
         if set(read) - used:
             return  # Z is the network's output itself
         kept = [i for i in suffix.graph.input if i.name in used and i.name not in read]
