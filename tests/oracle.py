@@ -15,7 +15,8 @@ Verdicts:
 
 Limits:
     - Weights must tell their channels apart: all-equal weights (out of ConstantOfShape) match anywhere. Weights of few
-      values (int8) are matched by whole rows and take the kept positions to be in order.
+      values (int8) are matched by the order of what is kept;
+      where chance makes another row fit, the verdict is `differs` with a weight that is no part of its original.
     - Surviving weight values must be untouched: nothing may have been retrained or corrected.
     - Layers are paired by the name of their first output, else by their place among the layers.
     - What reads channels without a weight of its own (LayerNormalization, a mean over channels, the product of two
@@ -31,7 +32,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,14 +216,19 @@ def matched(full: Array, cut: Array) -> list[Array] | None:
     if full.shape == cut.shape and np.array_equal(full, cut):
         return [np.arange(n) for n in full.shape]
     axes = [a for a in range(full.ndim) if full.shape[a] != cut.shape[a]] or list(range(min(2, full.ndim)))
+    for first in axes[:2]:
+        for way in (by_rare_values, by_order):
+            index = _found(full, cut, [first, *(a for a in axes if a != first)], way)
+            if index is not None:
+                return index
+    return None
+
+
+def _found(full: Array, cut: Array, axes: list[int], way: Callable[[Array, Array, int], Array | None]) -> Any:
+    """Positions axis after axis: the last one by whole slices, those before by `way`."""
     index: list[Array] = [np.arange(n) for n in full.shape]
-    while axes:
-        axis = axes.pop(0)
-        if axes:
-            found = by_rare_values(full, cut, axis)
-            found = found if found is not None else by_counts(full, cut, axis)
-        else:
-            found = by_slices(full, cut, axis)
+    for axis in axes:
+        found = (by_slices if axis == axes[-1] else way)(full, cut, axis)
         if found is None:
             return None
         full, index[axis] = np.take(full, found, axis=axis), found
@@ -257,22 +263,23 @@ def by_rare_values(full: Array, cut: Array, axis: int) -> Array | None:
     return np.asarray([np.bincount(p[r]).argmax() for p, r in zip(places, rare, strict=True)])
 
 
-def by_counts(full: Array, cut: Array, axis: int) -> Array | None:
-    """Positions along `axis` whose slices hold all values of the cut slices, the first that fit in order."""
-    values = np.unique(full)
-    if len(values) > 4096 or not np.isin(cut, values).all():
-        return None
+def by_order(full: Array, cut: Array, axis: int) -> Array | None:
+    """Positions along `axis` of slices that hold the cut slices in their order: for each the first after the last."""
+    other = next((a for a in range(full.ndim) if a != axis and full.shape[a] != cut.shape[a]), 1 - axis)
 
-    def histograms(x: Array) -> Array:
-        codes = np.searchsorted(values, np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1))
-        return np.stack([np.bincount(row, minlength=len(values)) for row in codes])
+    def words(x: Array) -> list[list[bytes]]:
+        moved = np.moveaxis(x, (axis, other), (0, 1))
+        return [[w.tobytes() for w in row] for row in np.ascontiguousarray(moved)]
 
-    whole, found, last = histograms(full), [], -1
-    for part in histograms(cut):
-        fits = np.flatnonzero((whole[last + 1 :] >= part).all(axis=1))
-        if not len(fits):
+    whole, found, last = words(full), [], -1
+    for part in words(cut):
+        for i in range(last + 1, len(whole)):
+            rest = iter(whole[i])
+            if all(w in rest for w in part):
+                break
+        else:
             return None
-        found.append(last := last + 1 + int(fits[0]))
+        found.append(last := i)
     return np.asarray(found)
 
 
