@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "stats", "pixel_cache", "executors", "progress"},
     {"_tensors", "_wall", "model", "_params"},
     {"facts", "_graphs"},
-    {"runtime", "metrics"},
+    {"_providers", "runtime", "metrics"},
     {"preprocess", "preprocess_files", "images", "data_files", "data_calls", "sources", "dataset", "data", "testing"},
     {"channels", "ledger", "config", "journal"},
     {"rules"},
