@@ -198,7 +198,7 @@ def walk(
         whole: For a pruning ratio per layer: every selected layer with all groups that touch it. While one layer is
             worked on, no group is taken that would push another one past its ratio, as long as there are others; in
             the end every layer that is still short of the ratio, its groups counting for earlier ones, is filled up.
-        per_step: Groups removed before the candidates are scored again.
+        per_step: Groups removed before the candidates are scored again, at most.
         journal: Answers of an interrupted run, and where new ones go.
         progress: Told after every step.
         started: `time.monotonic()` from which the time limit counts, default now.
@@ -278,7 +278,11 @@ class _Loop:
         return Path(tuple(self.steps), _sorted(self.back), base, stopped)
 
     def exhaust(self, field: Field, later: int) -> str:
-        """Remove groups of one field until a rule bites; its name."""
+        """Remove groups of one field until a rule bites; its name.
+
+        A step of several groups that breaks the promise on the drop is tried again with half as many.
+        """
+        size = self.per_step
         while True:
             if (rule := self.bitten()) is not None:
                 return rule
@@ -292,13 +296,16 @@ class _Loop:
                 return "nothing left"
             candidates = self.within(field, candidates) or candidates
             self.tell(field, later, len(candidates), missing)
-            k = self.per_step if missing is None else min(self.per_step, missing)
+            k = size if missing is None else min(size, missing)
             choices = self.lowest(removed, candidates, min(k, len(candidates)))
             taken = self.compatible(choices, removed, field, missing)
             after = removed | {choice.group for choice in taken}
             mark = self.mark_after(taken, after)
             if self.stop.max_drop is not None and (mark is None or mark.drop > self.stop.max_drop + TINY):
-                return "max_drop"
+                if len(taken) == 1:
+                    return "max_drop"
+                size = len(taken) // 2
+                continue
             self.n_steps += 1
             cost = self.space.cost(after)
             self.steps += [Step(self.n_steps, c.group, c.importance, mark, cost) for c in taken]

@@ -93,6 +93,13 @@ def test_max_drop_leaves_out_the_step_that_would_break_it_and_goes_on_with_the_n
     assert path.stopped == "max_drop"
 
 
+def test_a_step_of_several_that_breaks_max_drop_is_halved(space):
+    path = search(space, Stop(max_drop=0.04), per_step=4)
+    assert order(path) == [1, 4, 2, 9, 12, 11]  # all four at once would have cost 0.06
+    assert [step.step for step in path.steps] == [1, 1, 2, 3, 3, 4]
+    assert path.stopped == "max_drop"
+
+
 def test_steps_end_the_whole_search(space):
     path = search(space, Stop(steps=5, ratio=0.5))
     assert order(path) == [1, 4, 2, 0, 9]
