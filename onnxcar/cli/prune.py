@@ -432,10 +432,10 @@ def _nothing_removed(record: dict[str, Any]) -> str:
             + (" or was given back for --multiple-of" if record["given_back"] else "")
             + ". Allow a larger drop, or more filters to choose from with --scope global."
         )
-    if record["given_back"]:
+    if given_back := len(record["given_back"]):
         return (
-            f"Nothing was removed: {len(record['given_back'])} removals were given back for --multiple-of, as no layer had "
-            "lost enough to reach the next multiple. Search longer, or take --multiple-of 1."
+            f"Nothing was removed: {given_back} removals were given back for --multiple-of, as no layer had lost enough to "
+            "reach the next multiple. Search longer, or take --multiple-of 1."
         )
     return "Nothing was removed: OUT equals the original. `onnxcar inspect` says what can go."
 
