@@ -434,8 +434,8 @@ def _nothing_removed(record: dict[str, Any]) -> str:
         )
     if given_back := len(record["given_back"]):
         return (
-            f"Nothing was removed: {given_back} removals were given back for --multiple-of, as no layer had lost enough "
-            "to reach the next multiple. Search longer, or take --multiple-of 1."
+            f"Nothing was removed: {given_back} removals were given back for --multiple-of, as no layer had lost "
+            "enough to reach the next multiple. Search longer, or take --multiple-of 1."
         )
     return "Nothing was removed: OUT equals the original. `onnxcar inspect` says what can go."
 
