@@ -13,7 +13,7 @@ import onnx
 from onnxcar._tensors import copy_without_weights
 from onnxcar.channels import ChannelSpace
 from onnxcar.errors import InternalError
-from onnxcar.facts import BATCHES, SIZES, input_types
+from onnxcar.facts import BATCHES, SIZES, Facts, input_types
 from onnxcar.model import Model
 from onnxcar.surgery._mask import masked_structure
 from onnxcar.surgery._plan import Plan
@@ -67,7 +67,7 @@ def verify(
         InternalError: They differ by more than rounding: a bug of ours, the file must not be written.
         ModelError: The original itself does not run in ONNX Runtime.
     """
-    feeds = dict(feeds) if feeds is not None else random_feeds(space.model, seed)
+    feeds = dict(feeds) if feeds is not None else random_feeds(space.facts, seed)
     names = _compared(space.model.proto)
     want = outputs(masked_structure(space, plan), space.model, feeds, names, "the masked original")
     got = outputs(copy_without_weights(pruned.proto), pruned, feeds, names, "the pruned model")
@@ -97,19 +97,13 @@ def verify(
     return Verified(worst_abs, worst_rel, n)
 
 
-def random_feeds(model: Model, seed: int = 0, batch: int = BATCHES[0], size: int | None = None) -> dict[str, Any]:
+def random_feeds(facts: Facts, seed: int = 0) -> dict[str, Any]:
     """Random values for every input of a model: normal floats, small integers.
 
     Dynamic axes get the sizes at which the whole graph is consistent.
     """
-    from onnxcar.facts import trace
-
-    if size is None:
-        found = trace(model)
-        types = {k: v for k, v in found.traces[0].types.items()}
-        wanted = {k: types[k] for k in input_types(model, batch, SIZES[0])}
-    else:
-        wanted = input_types(model, batch, size)
+    types = facts.traces[0].types
+    wanted = {k: types[k] for k in input_types(facts.model, BATCHES[0], SIZES[0])}
     rng = np.random.default_rng(seed)
     feeds = {}
     for name, kind in wanted.items():
