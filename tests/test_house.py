@@ -80,7 +80,7 @@ def _imports(file: Path) -> set[str]:
 
 
 def test_every_room_has_a_floor() -> None:
-    assert {_room(f) for f in _files()} - {"__init__"} == set().union(*FLOORS)
+    assert {_room(f) for f in _files()} - {"__init__"} <= set().union(*FLOORS)
 
 
 @pytest.mark.parametrize("file", _files(), ids=lambda f: str(f.relative_to(PACKAGE)))
