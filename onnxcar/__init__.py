@@ -35,7 +35,7 @@ _EXPORTS = {
     "Run": "search",
     "RuntimeMissingError": "errors",
     "Score": "scoring",
-    "Stop": "greedy",
+    "Stop": "steps",
     "UnsupportedError": "errors",
     "Verified": "surgery",
     "WorkerError": "errors",

@@ -22,8 +22,7 @@ from onnxcar.choosers import chooser
 from onnxcar.criteria import CRITERIA, Context, Criterion, CriterionFunction, find
 from onnxcar.data import Dataset
 from onnxcar.errors import DataError, PlanError
-from onnxcar.greedy import TINY, Step, Stop, retreat, walk
-from onnxcar.greedy import Path as GreedyPath
+from onnxcar.greedy import retreat, walk
 from onnxcar.journal import Journal
 from onnxcar.model import Model, check_output, save
 from onnxcar.progress import Report
@@ -31,6 +30,8 @@ from onnxcar.rules import analyze
 from onnxcar.runtime import resolve_provider
 from onnxcar.scope import Keep, fields, select_layers, vector_width, whole_layers
 from onnxcar.scoring import Score, Scorer, evaluate
+from onnxcar.steps import TINY, Step, Stop
+from onnxcar.steps import Path as GreedyPath
 from onnxcar.surgery import Plan
 
 __all__ = ["Run", "Step", "Stop", "prune", "read_plan", "write"]
@@ -44,6 +45,7 @@ class Run:
     """What `prune` did.
 
     Attributes:
+        space: Structure of the original.
         model: The compact model, verified, not yet written.
         plan: The groups that are gone.
         record: The JSON record; `write` completes path, hash and size of the result.
@@ -51,6 +53,7 @@ class Run:
         journal: File with the answers of the search, None if none was kept.
     """
 
+    space: ChannelSpace
     model: Model
     plan: Plan
     record: dict[str, Any]
@@ -216,7 +219,7 @@ def prune(
         "verify": records.verify_entry(verified),
     }
     found["seconds"] = round(time.monotonic() - started, 3)
-    return Run(compact, chosen, found, path, None if journal is None else Path(journal))
+    return Run(space, compact, chosen, found, path, None if journal is None else Path(journal))
 
 
 def write(run: Run, out: str | Path, *, record: str | Path | None = None, force: bool = False) -> dict[str, Any]:

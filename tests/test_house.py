@@ -27,7 +27,7 @@ FLOORS = [
     {"surgery"},
     {"_judge"},
     {"scoring"},
-    {"scope", "greedy", "interpret", "criteria", "record", "latency", "recovery", "guarantee"},
+    {"scope", "steps", "greedy", "interpret", "criteria", "record", "latency", "recovery", "guarantee"},
     {"choosers", "shrinking", "importances"},
     {"search", "sweep", "comparison", "doctor", "explain"},
     {"report", "plots"},

@@ -1,0 +1,204 @@
+"""What `prune` leaves behind: where the files go, the tables, what to doubt and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from onnxcar.cli.border import GateNotMetError
+from onnxcar.cli.work import check_outputs, json_target, terminal, write_json
+from onnxcar.progress import duration
+
+if TYPE_CHECKING:
+    from onnxcar.search import Run
+
+__all__ = ["Paths", "advise", "quoted", "show", "write_plan", "write_run"]
+
+# Flags that the suggested `compare` repeats where they were typed; those of a config are found again.
+_REPEAT = (
+    "preprocess",
+    "size",
+    "crop_pct",
+    "interpolation",
+    "mean",
+    "std",
+    "channels",
+    "layout",
+    "label_offset",
+    "metric",
+)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where everything goes."""
+
+    model: Path
+    out: Path
+    record: Path
+    plan: Path
+    journal: Path | None
+
+    @classmethod
+    def of(cls, params: dict[str, Any]) -> Paths:
+        """Where the flags put everything."""
+        model = params["model"]
+        out = params["output"] or model.with_name(f"{model.stem}.pruned.onnx")
+        plan = out if out.suffix == ".json" else out.with_suffix(".plan.json")
+        journal = params["journal"]
+        if journal is None and params["data"] is not None and params["plan"] is None:
+            journal = out.with_suffix(".journal.jsonl")  # without data nothing takes long enough to be kept
+        return cls(model, out, out.with_suffix(".json"), plan, journal)
+
+    def check(self, params: dict[str, Any]) -> None:
+        """Refuse what could not be written, before hours are spent on it."""
+        read = [path for path in (self.model, params["plan"]) if path is not None]
+        wanted = [self.plan] if params["dry_run"] else [self.out, self.record]
+        if len({path.absolute() for path in wanted}) < len(wanted):
+            raise click.UsageError(f"{self.out} is also the name of the record. Give OUT the suffix .onnx.")
+        check_outputs(wanted, force=params["force"], inputs=read)
+        if self.journal is not None:
+            check_outputs([self.journal], force=True, inputs=[*read, *wanted])
+        json_target(params["json"], [*read, *wanted[:1], *([self.journal] if self.journal else [])])
+
+
+def write_plan(run: Run, path: Path, params: dict[str, Any]) -> None:
+    """Write what a dry run would remove."""
+    from onnxcar import record
+
+    plan = {"schema": record.SCHEMA, "model_sha256": run.record["model"]["sha256"], "removed": run.record["removed"]}
+    record.write(plan, path, force=params["force"])
+    write_json(run.record, params["json"])
+    n = sum(len(filters) for filters in plan["removed"].values())
+    here = terminal()
+    if params["json"] != "-":
+        here.data(f"{path}  {n} filters to remove; no model was written.")
+    here.note(f"Next: onnxcar prune {quoted(params['model'])} --plan {quoted(path)}", command=True)
+
+
+def write_run(run: Run, paths: Paths, params: dict[str, Any]) -> dict[str, Any]:
+    """Write model, record and JSON; the journal goes, unless the search can go on or it was asked for by name."""
+    from onnxcar.search import write
+
+    written = write(run, paths.out, record=paths.record, force=params["force"])
+    if params["json"] is not None and not _names(params["json"], paths.record):
+        write_json(written, params["json"])
+    if paths.journal is not None and params["journal"] is None and run.stopped != "time_limit":
+        paths.journal.unlink(missing_ok=True)
+    return written
+
+
+def _names(json_to: str, path: Path) -> bool:
+    return json_to != "-" and Path(json_to).absolute() == path.absolute()
+
+
+def show(run: Run, record: dict[str, Any]) -> None:
+    """Filters of each layer, then the network before and after, on stdout."""
+    from onnxcar import report
+
+    removed = record["removed"]
+    layers = [
+        {
+            "node": x.node,
+            "kind": x.kind,
+            "before": x.filters,
+            "after": x.filters - len(removed.get(x.weight, ())),
+        }
+        for x in run.space.layers
+    ]
+    terminal().data(*report.prune_tables(record, layers))
+
+
+_WHY_STOPPED = {
+    "ratio": "the ratio is reached",
+    "max_drop": "the next step would cost more than --max-drop",
+    "target_macs": "--target-macs is reached",
+    "target_params": "--target-params is reached",
+    "steps": "--steps are done",
+    "time_limit": "--time-limit is over",
+    "nothing left": "nothing else may go",
+    "plan": "as the plan says",
+}
+
+
+def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None:
+    """Where things are, what to doubt, what to do next."""
+    here = terminal()
+    n_steps = len({step["step"] for step in record["steps"]})
+    why = _WHY_STOPPED.get(record["stopped"], record["stopped"])
+    here.note(f"{n_steps} steps in {duration(record['seconds'])} on {record['provider']}; stopped: {why}.")
+    verified = record["verify"]
+    if verified is None:
+        here.warn("Not verified (--no-verify): nothing says that the compact model equals the masked original.")
+    else:
+        error = verified["max_abs_error"]
+        within = f", largest difference {error:.0e}" if error else ", to the last bit"
+        here.note(f"Verified on {verified['samples']} samples: output = masked original{within}.")
+    if not record["removed"]:
+        here.warn(_nothing_removed(record))
+    if record["base"] is not None and record["optimistic"]:
+        here.note("The scores are optimistic: filters were chosen on the same data. Give --test-data for honest ones.")
+    here.note(f"Model   {paths.out}\nRecord  {paths.record}", command=True)
+    if record["stopped"] == "time_limit":
+        here.note(f"Journal {paths.journal}\nThe same command with --force goes on from there.", command=True)
+    here.note(f"Next: {_compare_command(params, paths)}", command=True)
+    _hold_gate(record, params["max_drop"])
+
+
+def _hold_gate(record: dict[str, Any], max_drop: float | None) -> None:
+    """A search stops in time; a plan may not, and test data were never asked.
+
+    Raises:
+        GateNotMetError: The compact model is worse on ``--data`` than ``--max-drop`` allows.
+    """
+    if max_drop is None:
+        return
+    from onnxcar.metrics import metric
+
+    sign = 1 if metric(record["metric"]).larger_is_better else -1
+    for first, last, where in (("test_base", "test_final", "--test-data"), ("base", "final", "--data")):
+        if record[first] is None or record[last] is None:
+            continue
+        drop = sign * (record[first]["value"] - record[last]["value"])
+        if drop <= max_drop + 1e-9:
+            continue
+        text = f"{record['metric']} on {where} is {drop:.4f} worse than the original's, --max-drop allows {max_drop:g}"
+        if where == "--data":
+            raise GateNotMetError(f"Gate not met: {text}.")
+        terminal().warn(f"{text}: the limit is held on --data only. Choose on more data, or allow less.")
+
+
+def _nothing_removed(record: dict[str, Any]) -> str:
+    if record["stopped"] == "max_drop":
+        return (
+            "Nothing was removed: the first step would cost more than --max-drop allows"
+            + (" or was given back for --multiple-of" if record["given_back"] else "")
+            + ". Allow a larger drop, or more filters to choose from with --scope global."
+        )
+    if given_back := len(record["given_back"]):
+        return (
+            f"Nothing was removed: {given_back} removals were given back for --multiple-of, as no layer had lost "
+            "enough to reach the next multiple. Search longer, or take --multiple-of 1."
+        )
+    return "Nothing was removed: OUT equals the original. `onnxcar inspect` says what can go."
+
+
+def _compare_command(params: dict[str, Any], paths: Paths) -> str:
+    words = ["onnxcar", "compare", str(paths.model), str(paths.out)]
+    ctx = click.get_current_context()
+    for key in ("test_data" if params["test_data"] else "data", *_REPEAT):
+        value = params[key]
+        if value is not None and ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE:
+            text = ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else str(value)
+            words += [f"--{key.replace('_', '-')}", text]
+    return shlex.join(words)
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
