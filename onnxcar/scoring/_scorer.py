@@ -13,7 +13,7 @@ from onnxcar.channels import ChannelSpace
 from onnxcar.errors import InternalError
 from onnxcar.executors import Pool
 from onnxcar.facts import trace
-from onnxcar.metrics import Metric, Score, Tally, metric
+from onnxcar.metrics import LOSS_ONE, Metric, Score, Tally, metric
 from onnxcar.model import Model
 from onnxcar.runtime import n_cores, open_network, resolve_provider
 from onnxcar.scoring._evaluate import SHARE, feeds, free_bytes, judge_for, samples_per_run
@@ -103,6 +103,8 @@ class Scorer:
         self.work = Work()
         self.flips: dict[int, npt.NDArray[np.bool_]] = {}
         self.base_correct: npt.NDArray[np.bool_] = np.zeros(0, bool)
+        self.keep_losses = False  # four bytes for each candidate and image: only for who asks
+        self.losses: dict[int, npt.NDArray[np.float32]] = {}
 
     # --- whole networks -------------------------------------------------------------------------------------------
 
@@ -139,10 +141,11 @@ class Scorer:
     def score(self, removed: Collection[int], candidates: Sequence[int]) -> list[Score]:
         """Score of the network without `removed` and each candidate in turn, in their order, on all samples.
 
-        Which samples changed is kept in `flips` for `reliability`.
+        Which samples changed is kept in `flips` for `reliability`; with `keep_losses` what each sample's cross-entropy
+        gained without the candidate, in nats, is kept in `losses`.
         """
         gone = frozenset(removed)
-        self.flips = {}
+        self.flips, self.losses = {}, {}
         found: dict[int, Score] = {}
         for key, groups in self._by_site(candidates).items():
             if not key:
@@ -157,6 +160,7 @@ class Scorer:
         tallies = {group: Tally() for group in groups}
         outputs = {group: self._room_for_outputs() for group in groups}
         flips = {group: np.zeros(n, bool) for group in groups}
+        losses = {group: np.zeros(n, np.float32) for group in groups} if self.keep_losses else {}
         for images in (np.arange(i, min(i + size, n), dtype=np.int64) for i in range(0, n, size)):
             state.enter(removed, images)
             state.run_base(images)
@@ -169,9 +173,12 @@ class Scorer:
                 state.fill(log, group, todo, given)
                 tallies[group].add(self._judge.tally(log.rows(images), images))
                 flips[group][images] = log.top1[images] != state.base.top1[images]
+                if losses:
+                    losses[group][images] = (log.loss[images] - state.base.loss[images]) / LOSS_ONE
         if self._judge.labelled:
             self.base_correct = state.base.top1.copy()
             self.flips.update(flips)
+            self.losses.update(losses)
         self.work.add(pairs=n * len(groups))
         return {group: self._judge.score(tallies[group], outputs[group]) for group in groups}
 
