@@ -16,7 +16,7 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError, Message
 from onnx import TensorProto
 
-from onnxcar import _tensors, _wall
+from onnxcar import _skeleton, _tensors, _wall
 from onnxcar._params import parameters
 from onnxcar._tensors import Extent, quoted
 from onnxcar.errors import ModelError, OutputError
@@ -27,6 +27,8 @@ __all__ = ["Model", "check_output", "count_params", "from_proto", "load", "param
 MAX_PROTO_BYTES = 2**31 - 1
 # External data above this many bytes stays on disk until a tensor is asked for.
 LAZY_BYTES = 2**30
+# Large weights of an .onnx file above this many bytes stay in it until they are asked for.
+LAZY_FILE_BYTES = 2**25
 # Above this the digest of a protobuf is taken tensor by tensor: serializing it would double the memory.
 _DIGEST_BYTES = 2**24
 # Tensors up to this size are read in any case, so that shape constants are at hand.
@@ -57,7 +59,7 @@ class Model:
 
     Attributes:
         proto: The protobuf. Never change it: what was computed from it would no longer fit. Its large tensors may
-            be external (left on disk); read them by `array`.
+            be external (left on disk, also where the file itself holds them); read them by `array`.
         sha256: Hex digest of the ``.onnx`` bytes followed by those of each external data file, by sorted name.
         path: The file, or None; external tensors lie relative to its folder.
         external: Came with external data, so it is saved with external data.
@@ -83,6 +85,21 @@ class Model:
         """
         return _tensors.to_array(tensor, self.folder)
 
+    def held(self) -> Model:
+        """This model with the weights that were left in its own ``.onnx`` file read into the protobuf, as a run needs.
+
+        Itself where none were. External data files stay where they are.
+
+        Raises:
+            ModelError: The file is gone or is another by now.
+        """
+        if self.external or self.folder is None or not any(_external(self.proto)):
+            return self
+        proto = _copy(self.proto)
+        for tensor in _external(proto):
+            _tensors.embed(tensor, _tensors.raw_bytes(tensor, self.folder))
+        return Model(proto, self.sha256, self.path, False, self.n_bytes)
+
     def with_proto(self, proto: onnx.ModelProto) -> Model:
         """This model after surgery: another protobuf whose external tensors, if any, lie where ours do.
 
@@ -105,18 +122,15 @@ def load(path: str | os.PathLike[str]) -> Model:
     """
     file = Path(path)
     shown = quoted(file)
-    data = _read(file, shown)
-    digest = hashlib.sha256(data)
-    size = len(data)
-    proto = _parse(data, shown)
-    del data
+    proto, digest, size = _open_lazily(file) or _open_whole(file, shown)
     try:
         _wall.check_structure(proto)
-        sizes = _data_files(proto, file.parent)
+        sizes = {name: n for name, n in _data_files(proto, file.parent).items() if name != file.name}
         for name in sorted(sizes):
             with _tensors.open_data(file.parent, name) as stream:
                 _digest_stream(digest, stream)
-        _embed_external(proto, file.parent)
+        if sizes:
+            _embed_external(proto, file.parent)
         _wall.check_onnx(proto, full=False)
     except ModelError as exc:
         raise ModelError(f"{shown}: {exc}", **exc.facts) from exc
@@ -180,7 +194,7 @@ def save(
             draft_data = _data_path(draft)
             proto = _copy_external(model, draft_data) if external else _copy(model.proto)
             _merge_metadata(proto, metadata or {})
-            _write(draft, _serialize(proto))
+            _write(draft, proto, None if external else model.folder)
             _check_draft(proto, draft)
             sha256, size = _digest_files([draft, draft_data])
             _publish(draft, target)
@@ -192,6 +206,8 @@ def save(
         ) from exc
     if external:
         _embed_external(proto, target.parent)
+    elif any(_external(proto)):  # they lie where the model was made; from now on, in the file that was written
+        proto = (_open_lazily(target) or _open_whole(target, quoted(target)))[0]
     return Model(proto, sha256, target, external, size)
 
 
@@ -224,6 +240,26 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False, external:
 def count_params(model: Model) -> int:
     """Number of parameters; `parameters` says what counts."""
     return sum(parameters(model).values())
+
+
+def _open_lazily(file: Path) -> tuple[onnx.ModelProto, hashlib._Hash, int] | None:
+    """A large file's protobuf without its large weights, hash and size; None where it must be read whole."""
+    try:
+        if file.is_symlink() or not file.is_file() or not LAZY_FILE_BYTES <= file.stat().st_size <= MAX_PROTO_BYTES:
+            return None
+        proto = _skeleton.read(file)
+        if proto is None or not any(_external(proto)):
+            return None
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            return proto, digest, _digest_stream(digest, stream)
+    except OSError:
+        return None
+
+
+def _open_whole(file: Path, shown: str) -> tuple[onnx.ModelProto, hashlib._Hash, int]:
+    data = _read(file, shown)
+    return _parse(data, shown), hashlib.sha256(data), len(data)
 
 
 def _read(file: Path, shown: str) -> bytes:
@@ -403,9 +439,13 @@ def _merge_metadata(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> None
             proto.metadata_props.add(key=key, value=value)
 
 
-def _write(file: Path, data: bytes) -> None:
+def _write(file: Path, proto: onnx.ModelProto, folder: Path | None) -> None:
+    """The protobuf as a file; external weights that lie in `folder` go inside, unless it is None."""
     with file.open("xb") as stream:
-        stream.write(data)
+        if folder is not None and any(_external(proto)):
+            _skeleton.write(stream, proto, folder)
+        else:
+            stream.write(_serialize(proto))
         stream.flush()
         os.fsync(stream.fileno())
 

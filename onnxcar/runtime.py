@@ -174,6 +174,8 @@ def session(model: Model | onnx.ModelProto, *, provider: str | Provider = "cpu",
     options.intra_op_num_threads = count
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    if isinstance(model, Model):
+        model = model.held()
     proto = model.proto if isinstance(model, Model) else model
     if isinstance(model, Model) and model.folder is not None:
         with contextlib.suppress(Exception):  # before ONNX Runtime 1.20 there was no such entry
@@ -325,6 +327,8 @@ def open_network(
         ModelError: ONNX Runtime does not load or run it.
     """
     where = resolve_provider(provider)
+    if isinstance(model, Model):
+        model = model.held()
     original = session(model, provider=where, threads=threads)
     proto = plain(model.proto if isinstance(model, Model) else model)
     fixed = {i.batch for i in original.inputs if i.batch is not None}

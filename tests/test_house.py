@@ -18,7 +18,7 @@ PACKAGE = Path(onnxcar.__file__).parent
 # Data flows one way: a room imports only from rooms on lines above its own, or from its own line.
 FLOORS = [
     {"errors", "stats", "pixel_cache", "executors", "progress"},
-    {"_tensors", "_wall", "model", "_params"},
+    {"_tensors", "_wall", "_skeleton", "model", "_params"},
     {"facts", "_graphs"},
     {"_providers", "runtime", "metrics"},
     {"preprocess", "preprocess_files", "images", "data_files", "data_calls", "sources", "dataset", "data", "testing"},

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from onnxcar._tensors import copy_without_weights, is_external, n_bytes
+from onnxcar._tensors import copy_without_weights, embed, is_external, n_bytes, raw_bytes
 from onnxcar.errors import ModelError
 from onnxcar.model import Model
 
@@ -65,7 +65,13 @@ def _in_runtime(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.folder))
     lent: list[tuple[str, Any, npt.NDArray[Any]]] = []
     for t in weights.proto.graph.initializer:
-        if is_external(t) or t.data_type == onnx.TensorProto.STRING or n_bytes(t) < _LENT_BYTES or not t.raw_data:
+        inside = is_external(t) and not weights.external  # of an .onnx file, at any offset: read, so that it is aligned
+        if (
+            (is_external(t) and not inside)
+            or t.data_type == onnx.TensorProto.STRING
+            or n_bytes(t) < _LENT_BYTES
+            or not (inside or t.HasField("raw_data"))
+        ):
             proto.graph.initializer.add().CopyFrom(t)
             continue
         try:
@@ -73,12 +79,15 @@ def _in_runtime(
         except (KeyError, TypeError):
             dtype = np.dtype(np.void)
         if dtype.kind not in "fiu" or dtype.itemsize * int(np.prod(t.dims)) != n_bytes(t):
-            proto.graph.initializer.add().CopyFrom(t)
+            kept = proto.graph.initializer.add()
+            kept.CopyFrom(t)
+            if inside:
+                embed(kept, raw_bytes(t, weights.folder))
             continue
         made = proto.graph.initializer.add(name=t.name, data_type=t.data_type, dims=t.dims)
         made.data_location = onnx.TensorProto.EXTERNAL
         made.external_data.add(key="location", value=f"lent_{len(lent)}")
-        values = np.frombuffer(t.raw_data, dtype).reshape(tuple(t.dims))
+        values = np.frombuffer(raw_bytes(t, weights.folder), dtype).reshape(tuple(t.dims))
         lent.append((t.name, ort.OrtValue.ortvalue_from_numpy(values), values))
     if lent:
         options.add_external_initializers([x[0] for x in lent], [x[1] for x in lent])
@@ -94,8 +103,9 @@ def _in_reference(
     full = onnx.ModelProto()
     full.CopyFrom(proto)
     held = {t.name for t in full.graph.initializer}
-    full.graph.initializer.extend(t for t in weights.proto.graph.initializer if t.name not in held)
-    lent = {t.name: t for t in weights.proto.graph.initializer}
+    whole = weights.held().proto
+    full.graph.initializer.extend(t for t in whole.graph.initializer if t.name not in held)
+    lent = {t.name: t for t in whole.graph.initializer}
     for t in full.graph.initializer:
         if is_external(t):
             t.CopyFrom(lent[t.name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -42,6 +43,7 @@ class Spill:
         """The finished model; the data file goes with it."""
         self._stream.close()
         made = from_proto(proto, self._path.with_name("model.onnx"))
+        made = replace(made, external=self._source.external)  # what came in one file is written as one file
         weakref.finalize(made, self._folder.cleanup)
         return made
 
