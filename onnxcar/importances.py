@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from onnxcar import record as records
 from onnxcar.channels import ChannelSpace
 from onnxcar.criteria import Context, Criterion, CriterionFunction, find
 from onnxcar.errors import DataError
+from onnxcar.interpret import ClassEffects, ClassSets, class_sets, effects, joined
 from onnxcar.model import Model
 from onnxcar.rules import analyze
 from onnxcar.runtime import resolve_provider
@@ -44,6 +46,7 @@ class Importances:
         scores: Score without each group, in the order of `groups`; None likewise.
         reliability: What chance does to the values; None where the criterion counts no correct answers.
         classes: Names of the classes, None if unknown.
+        effects: What each group does to each class, in the order of `groups`; None unless it was asked for.
     """
 
     space: ChannelSpace
@@ -54,6 +57,7 @@ class Importances:
     scores: tuple[Score, ...] | None
     reliability: Reliability | None
     classes: tuple[str, ...] | None = None
+    effects: ClassEffects | None = None
 
     @property
     def stderr(self) -> float | None:
@@ -67,8 +71,12 @@ class Importances:
         """Whether another sample of that size would rank the groups quite differently."""
         return self.reliability is not None and not self.reliability.split_half >= NOISE
 
-    def to_dict(self, *, by_class: bool = False) -> dict[str, Any]:
-        """As JSON types; ``per_class`` is each class's own reduction, null unless ``by_class``."""
+    def to_dict(self, *, by_class: bool = False, top: int = 3) -> dict[str, Any]:
+        """As JSON types; ``per_class`` is each class's own reduction, null unless ``by_class``.
+
+        Where `effects` are known, ``classes`` lists the classes (or the user's groups of them) with their samples, and
+        ``by_class`` of a group holds the test, the ``top`` classes at both ends, and arrays in the classes' order.
+        """
         known = None
         if self.reliability is not None:
             known = {"stderr": self.stderr, "split_half": float(self.reliability.split_half)}
@@ -76,8 +84,29 @@ class Importances:
             "criterion": self.criterion,
             "base": records.score_entry(self.base),
             "reliability": known,
-            "groups": [self._group(i, by_class) for i in range(len(self.groups))],
+            "classes": self._class_entries() if by_class else None,
+            "groups": [
+                {**self._group(i, by_class), **self._effects(i, by_class, top)} for i in range(len(self.groups))
+            ],
         }
+
+    def _class_entries(self) -> list[dict[str, Any]] | None:
+        """Names, output indices and samples of the classes that `effects` are about."""
+        if self.effects is None:
+            return None
+        sets = self.effects.sets
+        rows = zip(sets.names, sets.labels, sets.samples.tolist(), strict=True)
+        return [{"class": name, "labels": list(labels), "samples": n} for name, labels, n in rows]
+
+    def _effects(self, i: int, by_class: bool, top: int) -> dict[str, Any]:
+        if self.effects is None or not by_class:
+            return {}
+        return {"by_class": self.effects.to_dict(i, float(self._q[i]), top)}
+
+    @cached_property
+    def _q(self) -> npt.NDArray[np.float64]:
+        assert self.effects is not None
+        return self.effects.q
 
     def _group(self, i: int, by_class: bool) -> dict[str, Any]:
         group = self.space.groups[self.groups[i]]
@@ -105,17 +134,33 @@ class Importances:
         }
 
     def to_csv(self, *, by_class: bool = False) -> str:
-        """One line a group, a column for each class with ``by_class``."""
+        """One line a group; with ``by_class`` a column for each class, and with `effects` its interval and loss."""
         rows = self.to_dict(by_class=by_class)["groups"]
+        sets = self.effects.sets.names if self.effects is not None and by_class else ()
         names = list(rows[0]["per_class"] or ()) if rows else []
         stream = io.StringIO()
         out = csv.writer(stream, lineterminator="\n")
-        out.writerow(["group", "importance", "stderr", "correct", "macs", "params", "filters", *names])
+        out.writerow(["group", "importance", "stderr", "correct", "macs", "params", "filters", *names, *_columns(sets)])
         for row in rows:
             filters = " ".join(f"{weight}:{index}" for weight, index in row["filters"])
             plain = [row[key] for key in ("group", "importance", "stderr", "correct", "macs", "params")]
-            out.writerow([*plain, filters, *((row["per_class"] or {}).get(name) for name in names)])
+            classes = [(row["per_class"] or {}).get(name) for name in names]
+            out.writerow([*plain, filters, *classes, *_cells(row.get("by_class"))])
         return stream.getvalue()
+
+
+def _columns(names: Sequence[str]) -> list[str]:
+    """CSV columns of the effects on classes of these names."""
+    if not names:
+        return []
+    return ["p", "q", *(f"{name}:{what}" for name in names for what in ("car", "low", "high", "loss"))]
+
+
+def _cells(found: Mapping[str, Any] | None) -> list[Any]:
+    if found is None:
+        return []
+    classes = zip(found["car"], found["interval"], found["loss"], strict=True)
+    return [found["p"], found["q"], *(x for car, pair, loss in classes for x in (car, *pair, loss))]
 
 
 def importance(
@@ -127,6 +172,8 @@ def importance(
     layers: Sequence[str] = (),
     exclude: Sequence[str] = (),
     norms: str = "protect",
+    by_class: bool = False,
+    class_groups: Mapping[str, Sequence[str | int]] | None = None,
     seed: int = 0,
     provider: str = "auto",
     threads: int | None = None,
@@ -147,6 +194,8 @@ def importance(
         layers: Patterns of node or weight names; default all groups, those of dense layers too.
         exclude: Patterns of layers to leave out.
         norms: As `analyze`.
+        by_class: Whether to find what each group does to each class, with intervals and tests; CAR criteria only.
+        class_groups: Name -> class names or output indices: these groups of classes instead of single ones.
         seed: Of everything random.
         provider: Execution provider.
         threads: Threads of a session, default all cores.
@@ -166,6 +215,7 @@ def importance(
     asked = tuple(sorted(group for groups in by_layer.values() for group in groups))
     scorer = None
     if row.greedy and data is not None:
+        sets = _sets(data, class_groups) if by_class or class_groups else None
         scorer = _Recorder(
             space,
             data,
@@ -175,6 +225,7 @@ def importance(
             batch_size=batch_size,
             memory_bytes=memory_bytes,
         )
+        scorer.watch(sets, seed)
     where = "cpu" if data is None else resolve_provider(provider).name
     context = Context(data, scorer, candidates=asked, seed=seed, provider=where, threads=threads)
     if scorer is None:
@@ -197,7 +248,16 @@ def importance(
         None if scorer is None else tuple(scorer.kept[group] for group in asked),
         None if scorer is None else scorer.reliability(asked, seed),
         None if data is None else data.classes,
+        None if scorer is None else scorer.effects(asked),
     )
+
+
+def _sets(data: Dataset, groups: Mapping[str, Sequence[str | int]] | None) -> ClassSets:
+    if not data.has_labels or data.labels.ndim > 1 or data.labels.dtype.kind not in "iu":
+        raise DataError(
+            f"Data {data.path!r} has no class labels, and effects on classes need them. Leave out --by-class."
+        )
+    return class_sets(data.labels, data.classes, groups)
 
 
 def _asked(space: ChannelSpace, layers: Sequence[str], exclude: Sequence[str]) -> dict[str, list[int]]:
@@ -222,12 +282,36 @@ class _Recorder(Scorer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kept, self.changed = {}, {}
+        self._sets: ClassSets | None = None
+        self._seed = 0
+        self._parts: list[tuple[tuple[int, ...], ClassEffects]] = []
+
+    def watch(self, sets: ClassSets | None, seed: int) -> None:
+        """From now on find what each scored group does to these classes."""
+        self._sets, self._seed = sets, seed
+        self.keep_losses = sets is not None
+
+    def effects(self, groups: Sequence[int]) -> ClassEffects | None:
+        """What was found, in the order of `groups`; None where nothing was watched."""
+        if not self._parts:
+            return None
+        found = joined([part for _, part in self._parts])
+        row = {group: i for i, group in enumerate(g for ids, _ in self._parts for g in ids)}
+        return found.take([row[group] for group in groups])
 
     def score(self, removed: Collection[int], candidates: Sequence[int]) -> list[Score]:
         """As `Scorer.score`."""
         found = super().score(removed, candidates)
         self.kept.update(zip(candidates, found, strict=True))
         self.changed.update(self.flips)
+        if self._sets is not None and len(self.base_correct):
+            # Layer by layer, so that the losses of one layer are all that is held.
+            same, still = np.zeros(len(self.data), bool), np.zeros(len(self.data), np.float32)
+            flips = np.stack([self.flips.get(group, same) for group in candidates])
+            losses = np.stack([self.losses.get(group, still) for group in candidates])
+            part = effects(self._sets, self.base_correct, flips, losses, seed=self._seed)
+            self._parts.append((tuple(candidates), part))
+            self.losses = {}
         return found
 
     def reliability(self, groups: Sequence[int], seed: int) -> Reliability | None:

@@ -199,13 +199,14 @@ def score_table(result: Json, limit: int | None = None) -> str:
     """
     by_class = any(group["per_class"] for group in result["groups"])
     header = ["group", "importance", "stderr", "correct", "MACs", "params", "filters"]
-    header += ["needed most by"] if by_class else []
+    tested = any("by_class" in group for group in result["groups"])
+    header += ["q(classes)", "helps most", "helps least"] if tested else ["needed most by"] if by_class else []
     groups = sorted(result["groups"], key=lambda g: g["importance"])
     rows = [_score_row(group, by_class) for group in groups]
     if limit is not None and len(rows) > limit:
         gap = [f"... {len(rows) - limit} more", *[""] * (len(header) - 1)]
         rows = [*rows[: limit // 2], gap, *rows[len(rows) - limit // 2 :]]
-    return _listing(header, rows, right=range(1, 7))
+    return _listing(header, rows, right=range(1, 8 if tested else 7))
 
 
 def _score_row(group: Json, by_class: bool) -> list[str]:
@@ -218,8 +219,15 @@ def _score_row(group: Json, by_class: bool) -> list[str]:
         count(group["macs"]),
         count(group["params"]),
         str(len(group["filters"])),
-        *([_neediest(group["per_class"])] if by_class else []),
+        *(_served(group["by_class"]) if "by_class" in group else [_neediest(group["per_class"])] if by_class else []),
     ]
+
+
+def _served(found: Json) -> list[str]:
+    """Adjusted p-value, and the classes at both ends with their change of loss: only what is more than chance."""
+    named = {end: [c for c in found[end] if c["named"]] if found["speaks"] else [] for end in ("most", "least")}
+    texts = [", ".join(f"{c['class']} ({c['loss']:+.3f})" for c in entries) for entries in named.values()]
+    return [f"{found['q']:.4f}", *(text or "-" for text in texts)]
 
 
 def _neediest(per_class: Mapping[str, float] | None) -> str:

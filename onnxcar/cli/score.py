@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,6 +23,7 @@ from onnxcar.cli.options import (
     runtime_options,
 )
 from onnxcar.cli.prune import DATA_FREE
+from onnxcar.cli.types import Count
 from onnxcar.cli.work import (
     check_model,
     header,
@@ -29,6 +31,7 @@ from onnxcar.cli.work import (
     need_data,
     open_data,
     open_provider,
+    read_class_groups,
     terminal,
     write_json,
     write_text,
@@ -37,6 +40,7 @@ from onnxcar.progress import duration
 
 _WHAT = "What to score"
 _SHOWN = 40
+_FEW = 10  # samples of a class below which its mean loss change says little
 
 
 @click.command("score", cls=Command, short_help="Importance of every group; removes nothing.")
@@ -62,13 +66,28 @@ _SHOWN = 40
     callback=refuse_later_values,
     help="Channels under LayerNorm, one-group GroupNorm, channel means.  [default: protect]",
 )
-@option("--by-class", section=_WHAT, is_flag=True, help="The fall of each class's own accuracy, too (class-CAR).")
+@option(
+    "--by-class",
+    section=_WHAT,
+    is_flag=True,
+    help="What each group does to each class: class-CAR and loss with intervals, and whether it is more than chance.",
+)
+@option(
+    "--class-groups",
+    section=_WHAT,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSON of name: [class names or output indices]; --by-class then speaks of these groups of classes.",
+)
+@option(
+    "--top-classes", section=_WHAT, type=Count(), default=3, metavar="K", help="Classes to name a group.  [default: 3]"
+)
 @data_options
 @metric_option
 @json_option
 @runtime_options
 @general_options
-def command(by_class: bool, **params: Any) -> None:
+def command(by_class: bool, class_groups: Path | None, top_classes: int, **params: Any) -> None:
     """Importance of every group of MODEL by a criterion, least important first; removes nothing.
 
     --json FILE.csv writes one line a group.
@@ -82,6 +101,10 @@ def command(by_class: bool, **params: Any) -> None:
     from onnxcar.progress import open_meter
 
     check_model(params["model"])
+    groups = None if class_groups is None else read_class_groups(class_groups)
+    by_class = by_class or groups is not None
+    if by_class and params["criterion"] not in ("car", "class-car"):
+        raise click.UsageError(f"--by-class is about CAR: the criterion {params['criterion']} scores no classes.")
     if params["criterion"] not in DATA_FREE:
         need_data(params, f"The criterion {params['criterion']}")
     json_to = params["json"]
@@ -101,6 +124,8 @@ def command(by_class: bool, **params: Any) -> None:
                 provider="cpu" if provider is None else provider.name,
                 memory_bytes=params["memory"],
                 progress=meter,
+                by_class=by_class,
+                class_groups=groups,
                 **{name: params[name] for name in same},
             )
     except KeyboardInterrupt as exc:
@@ -114,7 +139,7 @@ def command(by_class: bool, **params: Any) -> None:
         "metric": params["metric"],
         "provider": None if provider is None else provider.name,
         "seconds": round(seconds, 3),
-        **found.to_dict(by_class=by_class),
+        **found.to_dict(by_class=by_class, top=top_classes),
     }
     if target is not None and target.suffix.lower() == ".csv":
         write_text(found.to_csv(by_class=by_class), target)
@@ -125,6 +150,22 @@ def command(by_class: bool, **params: Any) -> None:
         here.data(report.score_table(result, limit=_SHOWN if here.out.is_terminal else None))
     here.note(f"{len(found.groups)} groups in {duration(seconds)}.")
     _trust(result, found.near_noise)
+    if result["classes"] is not None:
+        _on_classes(result)
+
+
+def _on_classes(result: dict[str, Any]) -> None:
+    """How many groups treat classes differently, and what that rests on."""
+    speaking = sum(group["by_class"]["speaks"] for group in result["groups"])
+    fewest = min(entry["samples"] for entry in result["classes"])
+    text = (
+        f"Classes: {speaking} of {len(result['groups'])} groups change the loss of some classes more than of others "
+        "(permutation test, q <= 0.05 over the groups); only their classes are named, those beyond what chance gives "
+        "any class. Intervals are paired (Bonett and Price 2012)."
+    )
+    if fewest < _FEW:
+        text += f" A class has {fewest} samples: accuracy by class needs some 50, the loss 10, groups of classes fewer."
+    terminal().note(text)
 
 
 def _trust(result: dict[str, Any], near_noise: bool) -> None:

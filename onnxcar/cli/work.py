@@ -28,6 +28,7 @@ __all__ = [
     "open_data",
     "open_provider",
     "open_reported",
+    "read_class_groups",
     "terminal",
     "write_json",
     "write_text",
@@ -178,6 +179,26 @@ def open_reported(params: Mapping[str, Any], model: Model) -> Dataset | None:
     typed = click.get_current_context().get_parameter_source("limit") is ParameterSource.COMMANDLINE
     limit = params["limit"] if typed or params["test_data"] is None else None
     return open_data({**params, "data": path, "limit": limit}, model)
+
+
+def read_class_groups(path: Path) -> dict[str, list[str | int]]:
+    """Groups of classes from a JSON file, name -> class names or output indices.
+
+    Raises:
+        DataError: The file is missing or is no such JSON.
+    """
+    import json
+
+    from onnxcar.errors import DataError
+
+    remedy = 'It must hold JSON like {"fruit": ["lemon", "orange"], "cats": [281, 282]}.'
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as exc:
+        raise DataError(f"Groups of classes cannot be read from {path}: {exc}. {remedy}", path=path) from exc
+    if not isinstance(found, dict) or not found:
+        raise DataError(f"{path} holds a {type(found).__name__}, no groups of classes. {remedy}", path=path)
+    return found
 
 
 def need_data(params: Mapping[str, Any], why: str) -> None:
