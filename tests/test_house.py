@@ -29,6 +29,8 @@ FLOORS = [
     {"scoring"},
     {"scope", "steps", "greedy", "interpret", "criteria", "record", "latency", "recovery", "guarantee"},
     {"choosers", "shrinking", "importances"},
+    {"finish"},
+    {"pruning"},
     {"search", "sweep", "comparison", "doctor", "explain"},
     {"report", "plots"},
     {"pages"},
