@@ -49,6 +49,7 @@ class CarChooser:
 
     def __init__(self, scorer: Scorer, *, per_mac: bool = False) -> None:
         self._scorer, self._per_mac = scorer, per_mac
+        scorer.all_sites = per_mac
         self._marks = _Marks(scorer)
 
     def lowest(self, removed: frozenset[int], candidates: Sequence[int], k: int) -> list[Choice]:

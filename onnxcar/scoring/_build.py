@@ -17,9 +17,21 @@ PREFIX = "onnxcar."
 
 
 def masked(
-    space: ChannelSpace, proto: onnx.ModelProto, site: Collection[int], removed: Collection[int]
+    space: ChannelSpace,
+    proto: onnx.ModelProto,
+    site: Collection[int],
+    removed: Collection[int],
+    shared: Collection[int] = (),
 ) -> onnx.ModelProto:
-    """A copy in which the site's reads are multiplied by inputs, all others by constants where groups are removed."""
+    """A copy in which reads are multiplied by masks.
+
+    Args:
+        space: Structure of the model.
+        proto: Its graph.
+        site: Reads whose mask is an input, row by row.
+        removed: Groups written into constants at all other reads they are read at.
+        shared: Reads whose mask is an input that all rows share, so that no graph is made anew when groups leave.
+    """
     if (space.facts.opset or 0) < 7:
         raise ModelError("Operator sets below 7 have no broadcasting; masks cannot be inputs.")
     alive = space.alive(removed)
@@ -28,11 +40,12 @@ def masked(
     before: dict[int, list[onnx.NodeProto]] = {}
     for k, read in enumerate(space.reads):
         keep = alive[read.groups]
-        if k not in site and keep.all():
+        given = k in site or k in shared
+        if not given and keep.all():
             continue
         kind = space.facts.dtype(read.value) or onnx.TensorProto.FLOAT
         name = f"{PREFIX}masked.{k}"
-        if k in site:
+        if given:
             made.graph.input.append(helper.make_tensor_value_info(mask_name(k), kind, None))
         else:
             values = keep.astype(helper.tensor_dtype_to_np_dtype(kind))

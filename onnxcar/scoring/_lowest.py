@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxcar.scoring._order import risk_order
 from onnxcar.scoring._race import Board, Log, Rank, Runner, race
 from onnxcar.scoring._state import State
 
-__all__ = ["Contest", "lowest"]
+__all__ = ["Contest", "guess", "lowest", "order_images", "remember", "start"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ def lowest(
         else:
             state.enter(asked.removed, np.arange(state.n, dtype=np.int64))
             state.expect(groups)
-            lined_up.append((state, [_runner(asked, state, group) for group in groups]))
+            lined_up.append((state, [start(asked, state, group) for group in groups]))
     _race(asked, board, lined_up)
     return [runner for _, runner in board.best]
 
@@ -71,12 +72,12 @@ def _race(asked: Contest, board: Board, lined_up: Sequence[tuple[State, list[Run
     runners = [runner for _, some in lined_up for runner in some]
     if not runners:
         return
-    race(runners, board, _guess(asked, runners), asked.largest, lined_up[0][0].pool)
+    race(runners, board, guess(asked, runners), asked.largest, lined_up[0][0].pool)
     for state, some in lined_up:
         remember(state, some)
 
 
-def _guess(asked: Contest, runners: Sequence[Runner]) -> float:
+def guess(asked: Contest, runners: Sequence[Runner]) -> float:
     """About the rank of the k-th best."""
     ranks = sorted(runner.rank.of(int(runner.hope)) for runner in runners)
     return ranks[min(asked.k, len(ranks)) - 1]
@@ -91,25 +92,31 @@ def remember(state: State, runners: Collection[Runner]) -> None:
         state.logs[runner.group] = runner.log
 
 
-def _runner(asked: Contest, state: State, group: int) -> Runner:
+def start(asked: Contest, state: State, group: int) -> Runner:
     """A candidate at the start: what is known is counted, the rest in the order of its risk."""
     log = state.known(group)
     runner = Runner(group, state, np.zeros(0, np.int64), asked.saved[group], asked.rank[group], log)
     runner.cost, runner.loss = int(log.cost.sum()), int(log.loss.sum())
-    _order(asked, state, runner)
+    order_images(asked, state, runner)
     return runner
 
 
-def _order(asked: Contest, state: State, runner: Runner) -> None:
-    """Line up the runner's open images of the block in memory."""
-    assert state.block is not None
-    images = state.block.indices
-    todo = images[np.isnan(runner.log.margin[images])]
-    norms = state.norms.get(runner.group)
-    sizes = None if norms is None else norms[todo - images[0]]
-    shift = state.shifts.get(runner.group)
-    order, chances = risk_order(state.margins[todo], None if shift is None else shift[todo], sizes)
-    runner.line_up(todo[order], chances * asked.typical)
+def order_images(
+    asked: Contest,
+    state: State,
+    runner: Runner,
+    images: npt.NDArray[np.int64] | None = None,
+    norms: npt.NDArray[np.float32] | None = None,
+) -> None:
+    """Line up the runner's open images of the block in memory, or of `images`, with the channels' sizes on them."""
+    if images is None:
+        assert state.block is not None
+        images, norms = state.block.indices, state.norms.get(runner.group)
+    todo = np.isnan(runner.log.margin[images])
+    sizes = None if norms is None else norms[todo]
+    shift, open_ = state.shifts.get(runner.group), images[todo]
+    order, chances = risk_order(state.margins[open_], None if shift is None else shift[open_], sizes)
+    runner.line_up(open_[order], chances * asked.typical)
 
 
 def _by_blocks(asked: Contest, board: Board, state: State, groups: Sequence[int], size: int) -> None:
@@ -120,7 +127,7 @@ def _by_blocks(asked: Contest, board: Board, state: State, groups: Sequence[int]
     blocks = [np.arange(i, min(i + size, state.n), dtype=np.int64) for i in range(0, state.n, size)]
     state.enter(asked.removed, blocks[0])
     state.expect(groups)
-    runners = [_runner(asked, state, group) for group in groups]
+    runners = [start(asked, state, group) for group in groups]
     runners.sort(key=lambda runner: (asked.hints.get(runner.group, len(asked.hints)), runner.hope))
     for runner in runners:  # a fresh start: what the first block gave is counted when its turn comes
         runner.log, runner.cost, runner.loss = Log.empty(state.n), 0, 0
@@ -138,7 +145,7 @@ def _by_blocks(asked: Contest, board: Board, state: State, groups: Sequence[int]
                 runner.log.copy_from(known, ~np.isnan(known.margin))
                 runner.cost += int(runner.log.cost.sum()) - before[0]
                 runner.loss += int(runner.log.loss.sum()) - before[1]
-                _order(asked, state, runner)
+                order_images(asked, state, runner)
                 runner.more = number + 1 < len(order)
-            race(active, board, _guess(asked, active), asked.largest, state.pool)
+            race(active, board, guess(asked, active), asked.largest, state.pool)
     remember(state, runners)

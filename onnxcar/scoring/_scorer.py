@@ -21,6 +21,8 @@ from onnxcar.scoring._lowest import Contest, lowest
 from onnxcar.scoring._race import Key, Log, Rank, Runner
 from onnxcar.scoring._site import BASE, Block, open_site, reads_of, whole_site
 from onnxcar.scoring._state import State, Work
+from onnxcar.scoring._trunk import open_trunk
+from onnxcar.scoring._wide import Wide
 
 if TYPE_CHECKING:
     from onnxcar.data import Dataset
@@ -100,6 +102,11 @@ class Scorer:
         self._reads = reads_of(space)
         self._states: dict[tuple[int, ...], State] = {}
         self._scores: dict[frozenset[int], Score] = {}
+        self._wide: Wide | None = None
+        self._no_wide = not self.metric.additive
+        #: Set where groups of all layers compete: networks are then scored by what such steps need anyway.
+        self.all_sites = False
+        self._named = dict(self._sample)
         self.work = Work()
         self.flips: dict[int, npt.NDArray[np.bool_]] = {}
         self.base_correct: npt.NDArray[np.bool_] = np.zeros(0, bool)
@@ -112,8 +119,13 @@ class Scorer:
         """Score of the network with the groups `removed` masked where they are read."""
         gone = frozenset(removed)
         if gone not in self._scores:
-            self._scores[gone] = self._whole(gone)
+            wide = self._open_wide() if self.all_sites and gone else None
+            self._scores[gone] = self._whole(gone) if wide is None else self._of(wide.results(gone))
         return self._scores[gone]
+
+    def _of(self, log: Log) -> Score:
+        images = np.arange(len(self.data), dtype=np.int64)
+        return self._judge.score(self._judge.tally(log.rows(images), images))
 
     def _whole(self, removed: frozenset[int]) -> Score:
         # No read of its own: removed groups are constants of the graph.
@@ -218,15 +230,19 @@ class Scorer:
             return self._lowest_in_full(gone, candidates, k, rank, saved)
         by_site = self._by_site(candidates)
         self.work.add(pairs=len(self.data) * len(candidates))
-        keys, hints = list(by_site), {group: i for i, group in enumerate(order_hint or ())}
+        hints = {group: i for i, group in enumerate(order_hint or ())}
         asked = Contest(gone, k, rank, saved, hints, self._judge.largest_cost, self._judge.typical_cost)
+        wide = self._open_wide() if sum(1 for key in by_site if key) > 1 else None
+        if wide is not None:
+            return [self._picked(runner, gone) for runner in wide.lowest(asked, by_site)]
+        keys = list(by_site)
         won = lowest(asked, list(by_site.values()), lambda i, held: self._state(keys[i], gone, held), self._budget)
         return [self._picked(runner, gone) for runner in won]
 
     def _picked(self, runner: Runner, removed: frozenset[int]) -> Pick:
-        images = np.arange(len(self.data), dtype=np.int64)
-        score = self._judge.score(self._judge.tally(runner.log.rows(images), images))
-        self._scores[removed | {runner.group}] = score
+        score = self._of(runner.log)
+        if not self.all_sites:  # there the base comes for nothing, and from the same graph whatever was asked before
+            self._scores[removed | {runner.group}] = score
         return Pick(runner.group, score)
 
     def _lowest_in_full(
@@ -293,6 +309,24 @@ class Scorer:
             if other != key and self._states[other] not in held:
                 del self._states[other]
         return state
+
+    def _open_wide(self) -> Wide | None:
+        """All sites at once, None where some cannot be scored by rows."""
+        if self._wide is None and not self._no_wide:
+            keys = sorted({key for key in self._reads.values() if key})
+            trunk = open_trunk(self._rows_space, self._network, keys, self._named)
+            if trunk is None:
+                self._no_wide = True
+                return None
+            self._states.clear()
+            self._wide = Wide(
+                trunk, self._judge, self._inputs, self._step, self._pool, self.work, self._budget, self._rows_for
+            )
+        return self._wide
+
+    def _rows_for(self, each_bytes: int) -> int:
+        """Rows of a run whose cut values take so many bytes each."""
+        return self._batch or int(np.clip(ROW_BYTES // each_bytes, 4, FIRST_ROWS))
 
     def _inputs(self, images: Indices) -> dict[str, Array]:
         return feeds(self._network, self.data, images)

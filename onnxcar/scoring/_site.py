@@ -22,7 +22,7 @@ from onnxcar.runtime import Network, Session, extract, graph_inputs, session, us
 from onnxcar.scoring._build import PREFIX, batch_first, cut_values, gather_rows, mask_name, masked, outputs, value_kinds
 from onnxcar.scoring._linear import Reader, linear_readers, subtract
 
-__all__ = ["BASE", "Block", "Site", "open_site", "reads_of", "whole_site"]
+__all__ = ["BASE", "Block", "Site", "open_site", "reads_of", "shared_site", "whole_site"]
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
@@ -68,6 +68,10 @@ class Block:
             self.device[key] = session.hold(flat)
         return self.device[key]
 
+    def where(self, images: Indices) -> Indices:
+        """Positions of some of its images in the arrays; `indices` rise."""
+        return np.searchsorted(self.indices, images)
+
     @property
     def n_bytes(self) -> int:
         """Memory it takes."""
@@ -90,13 +94,13 @@ class Shortcut:
 
     Attributes:
         readers: What is not run.
-        reader: Runs them once per image, with the removed channels masked.
+        reader: Runs them once per image, with the removed channels masked; None where a `Trunk` does.
         suffix: The rest.
         doubt: Outputs closer than this to one another are not told apart: such rows run the whole suffix.
     """
 
     readers: tuple[Reader, ...]
-    reader: Session
+    reader: Session | None
     suffix: Session
     doubt: float = 0.0
 
@@ -106,6 +110,7 @@ class Site:
 
     Attributes:
         reads: Indices of the reads in the space.
+        shared: Other reads whose mask is an input.
         by_row: Whether each row has a mask of its own; else all rows of a run share one candidate.
         cut: Names of the cut values with a row for each image.
         entries: Those of the reads that are cut values: their channels are known before the suffix runs.
@@ -120,14 +125,18 @@ class Site:
         suffix: Session,
         cut: Sequence[str],
         fixed: int | None = None,
+        *,
+        by_row: bool = False,
+        shared: Collection[int] = (),
     ) -> None:
-        """Hold the sessions; `open_site` makes them."""
+        """Hold the sessions; `open_site` and `shared_site` make them."""
         self.space = space
         self.reads = reads
+        self.shared = tuple(shared)
         self.prefix = prefix
         self.suffix = suffix
         self.cut = tuple(cut)
-        self.by_row = fixed is None and prefix is not None
+        self.by_row = by_row
         self.shortcut: Shortcut | None = None
         self._fixed = fixed
         self.entries = tuple(k for k in reads if space.reads[k].value in self.cut) if self.by_row else ()
@@ -140,6 +149,7 @@ class Site:
         """From now on these groups are masked in every row, besides the row's candidate; blocks need a `refresh`."""
         alive = self.space.alive(removed)
         self._keep = {k: alive[groups] for k, groups in self._groups.items()}
+        self._common = {mask_name(k): alive[self.space.reads[k].groups] for k in self.shared}
 
     def load(
         self, inputs: Callable[[Indices], dict[str, Array]], indices: Indices, batch: int, pool: Pool | None = None
@@ -157,7 +167,7 @@ class Site:
 
     def refresh(self, block: Block, batch: int, pool: Pool | None = None) -> None:
         """Run the linear readers on all images of the block, for the groups that are removed now."""
-        if self.shortcut is None:
+        if self.shortcut is None or self.shortcut.reader is None:
             return
         session = self.shortcut.reader
         wanted = {i.name for i in session.inputs}
@@ -176,7 +186,7 @@ class Site:
     def masks(self, candidates: Indices, session: Session | None = None) -> dict[str, Array]:
         """Feeds that mask each row's candidate, (k,), and all removed groups."""
         types = self._types if session is None else {i.name: i.dtype for i in session.inputs}
-        out = {}
+        out = {name: keep.astype(types[name]) for name, keep in self._common.items() if name in types}
         for k, groups in self._groups.items():
             name = mask_name(k)
             if name in types:
@@ -282,7 +292,7 @@ def open_site(
             site = _row_site(space, network, reads, removed)
             if sample is None or _agrees(site, network, sample, removed):
                 if sample is not None:
-                    _shorten(site, network, removed, sample)
+                    _shorten_alone(site, network, removed, sample)
                 return site
         except (ModelError, DataError):
             pass  # a graph that mixes its rows, or cannot be cut: the whole network for each candidate
@@ -297,7 +307,6 @@ def whole_site(space: ChannelSpace, network: Network, reads: tuple[int, ...], re
         space, extract(proto, [*names, *map(mask_name, reads)], outputs(proto), value_kinds(space, proto)), network
     )
     site = Site(space, reads, None, suffix, names, network.fixed)
-    site.by_row = False
     site.set_removed(removed)
     return site
 
@@ -310,26 +319,100 @@ def _row_site(space: ChannelSpace, network: Network, reads: tuple[int, ...], rem
     gather_rows(suffix_proto, cut)
     prefix_proto = extract(proto, [i.name for i in graph_inputs(network.proto)], cut, types)
     prefix = Network(_session(space, prefix_proto, network), prefix_proto)
-    site = Site(space, reads, prefix, _session(space, suffix_proto, network), cut)
+    site = Site(space, reads, prefix, _session(space, suffix_proto, network), cut, by_row=True)
     site.set_removed(removed)
     return site
 
 
-def _shorten(site: Site, network: Network, removed: Collection[int], sample: Mapping[str, Array]) -> None:
-    """Give the site a shortcut over its linear readers, if it has some and outputs stay the same but for rounding."""
-    space = site.space
+def shared_site(
+    space: ChannelSpace, network: Network, reads: tuple[int, ...], shared: Collection[int], block: Block, want: Array
+) -> Site | None:
+    """A site without a prefix, every mask an input: a `Trunk` makes its blocks, and no session is made anew.
+
+    Args:
+        space: Structure of the model.
+        network: The model, loaded.
+        reads: Indices into `space.reads`.
+        shared: All other reads.
+        block: Values at the cut and outputs of linear readers, of a few samples.
+        want: The network's outputs on them.
+
+    Returns:
+        None if the graph cannot be cut here, or mixes its rows.
+    """
+    try:
+        proto = masked(space, network.proto, reads, (), shared)
+        cut = cut_values(space, network.proto, reads)
+        types = value_kinds(space, proto)
+        suffix_proto = _used(extract(proto, [*cut, *map(mask_name, [*reads, *shared])], outputs(proto), types))
+        gather_rows(suffix_proto, cut)
+        site = Site(space, reads, None, _session(space, suffix_proto, network), cut, by_row=True, shared=sorted(shared))
+        if not _rows_agree(site, block, want):
+            return None
+        readers = _readers(site, network)
+        if readers:
+            _shorten(site, network, proto, readers, block)
+    except (ModelError, DataError):
+        return None
+    return site
+
+
+def _used(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Without inputs that nothing reads."""
+    used = {name for node in proto.graph.node for name in uses(node)}
+    kept = [i for i in proto.graph.input if i.name in used]
+    del proto.graph.input[:]
+    proto.graph.input.extend(kept)
+    return proto
+
+
+def _readers(site: Site, network: Network) -> list[Reader] | None:
     entries = [k for k in site.reads if k in site.entries]
-    readers = linear_readers(space, network.proto, entries) if entries else None
+    return linear_readers(site.space, network.proto, entries) if entries else None
+
+
+def _shorten_alone(site: Site, network: Network, removed: Collection[int], sample: Mapping[str, Array]) -> None:
+    """A shortcut for a site with a prefix of its own."""
+    readers = _readers(site, network)
     if not readers:
         return
-    values = [space.reads[k].value for k in entries]
-    read = [reader.output for reader in readers]
-    proto = masked(space, network.proto, site.reads, removed)
-    types = value_kinds(space, proto)
-    masks = [mask_name(k) for k in entries]
+    _shorten(site, network, masked(site.space, network.proto, site.reads, removed), readers)
+    if site.shortcut is None:
+        return
+    feeds = {i.name: value for i, value in zip(network.inputs, network.session.bind(sample).values(), strict=True)}
+    n = len(next(iter(feeds.values())))
     try:
-        reader = _session(space, extract(proto, [*values, *masks], read, types), network)
-        rest = [mask_name(k) for k in site.reads if k not in entries]
+        block = site.load(lambda at: {name: value[at] for name, value in feeds.items()}, np.arange(n), n)
+        site.refresh(block, n)
+        doubt = _rounding(site, block)
+    except (ModelError, DataError):
+        doubt = None
+    site.shortcut = None if doubt is None else replace(site.shortcut, doubt=doubt)
+
+
+def _shorten(
+    site: Site, network: Network, proto: onnx.ModelProto, readers: Sequence[Reader], block: Block | None = None
+) -> None:
+    """Give the site a shortcut over its linear readers if outputs stay the same but for rounding.
+
+    Args:
+        site: Takes it.
+        network: The model, loaded.
+        proto: Its graph with the masks of the site.
+        readers: What the shortcut leaves out.
+        block: A few samples with the readers' outputs; without it a session is made that runs the readers, and
+            `_rounding` is the caller's to call.
+    """
+    space = site.space
+    read = [reader.output for reader in readers]
+    entries = [k for k in site.reads if k in site.entries]
+    types = value_kinds(space, proto)
+    try:
+        reader = None
+        if block is None:
+            values = [space.reads[k].value for k in entries]
+            reader = _session(space, extract(proto, [*values, *map(mask_name, entries)], read, types), network)
+        rest = [mask_name(k) for k in (*site.reads, *site.shared) if k not in entries]
         suffix = extract(proto, [*dict.fromkeys([*site.cut, *read]), *rest], outputs(proto), types)
         used = {name for node in suffix.graph.node for name in uses(node)}
         if any(node.op_type in _STEPS for node in suffix.graph.node):
@@ -342,18 +425,16 @@ def _shorten(site: Site, network: Network, removed: Collection[int], sample: Map
         gather_rows(suffix, site.cut)
         subtract(suffix, readers, PREFIX + "rows", types)
         site.shortcut = Shortcut(tuple(readers), reader, _session(space, suffix, network))
-        doubt = _rounding(site, network, sample)
+        doubt = None if block is None else _rounding(site, block)
     except (ModelError, DataError):
         doubt = None
-    site.shortcut = None if doubt is None or site.shortcut is None else replace(site.shortcut, doubt=doubt)
+    if block is not None:
+        site.shortcut = None if doubt is None or site.shortcut is None else replace(site.shortcut, doubt=doubt)
 
 
-def _rounding(site: Site, network: Network, sample: Mapping[str, Array]) -> float | None:
+def _rounding(site: Site, block: Block) -> float | None:
     """A distance of outputs far beyond what the shortcut's rounding can bridge; None if it is no matter of rounding."""
-    feeds = {i.name: value for i, value in zip(network.inputs, network.session.bind(sample).values(), strict=True)}
-    n = len(next(iter(feeds.values())))
-    block = site.load(lambda at: {name: value[at] for name, value in feeds.items()}, np.arange(n), n)
-    site.refresh(block, n)
+    n = len(block.indices)
     groups = [g for g in np.unique(site.space.reads[site.entries[0]].groups).tolist() if g >= 0]
     tried = np.asarray([BASE, *groups[:: max(1, len(groups) // 16)]], np.int64)
     candidates, rows = np.repeat(tried, n), np.tile(np.arange(n), len(tried))
@@ -371,12 +452,10 @@ def _session(space: ChannelSpace, proto: onnx.ModelProto, network: Network) -> S
 
 
 def _agrees(site: Site, network: Network, sample: Mapping[str, Array], removed: Collection[int]) -> bool:
-    """Whether a run by rows gives what the network gives; rows repeat and swap images on purpose."""
+    """Whether a run by rows gives what the network gives; `_rows_agree` says how."""
     feeds = {i.name: value for i, value in zip(network.inputs, network.session.bind(sample).values(), strict=True)}
     n = len(next(iter(feeds.values())))
     block = site.load(lambda at: {name: value[at] for name, value in feeds.items()}, np.arange(n), n)
-    rows = np.asarray([i % n for i in range(n, -1, -1)] + [0], np.int64)
-    got = site.run(block, np.full(len(rows), BASE), rows)
     if removed:
         whole = whole_site(site.space, network, site.reads, removed)
         want = whole.run(
@@ -384,6 +463,14 @@ def _agrees(site: Site, network: Network, sample: Mapping[str, Array], removed: 
         )
     else:
         want = network.run(feeds)[0]
+    return _rows_agree(site, block, want)
+
+
+def _rows_agree(site: Site, block: Block, want: Array) -> bool:
+    """Whether rows without a candidate give these outputs; they repeat and swap images on purpose."""
+    n = len(want)
+    rows = np.asarray([i % n for i in range(n, -1, -1)] + [0], np.int64)
+    got = site.run(block, np.full(len(rows), BASE), rows)
     want = want[rows]
     if got.shape != want.shape:
         return False

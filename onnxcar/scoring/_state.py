@@ -110,9 +110,9 @@ class State:
 
     def _probe(self, images: Indices) -> None:
         """Choose how many rows a run takes: enough to hide what a run costs besides, few enough to stop in time."""
-        at = images[:64] - images[0]
-        none = np.full(len(at), BASE, np.int64)
         assert self.block is not None
+        at = self.block.where(images[:64])
+        none = np.full(len(at), BASE, np.int64)
         took = []
         for _ in range(4):
             start = time.thread_time()  # a busy machine must not make batches small
@@ -126,7 +126,7 @@ class State:
         """Results of (candidate, image) pairs; the images are in the block."""
         assert self.block is not None
         self.work.add(rows=len(images))
-        at = images - self.block.indices[0]
+        at = self.block.where(images)
         out = self.site.run(self.block, candidates, at, exact=False)
         if self.site.shortcut is not None and self.judge.labelled:
             # What the shortcut's rounding might decide is decided by a run of all nodes.
@@ -153,6 +153,19 @@ class State:
             self.site.refresh(self.block, self.step, self.pool)
         if self.tune:
             self._probe(images)
+
+    def reset(self, removed: frozenset[int], base: Log) -> None:
+        """Mask `removed`, of which `base` says what the network says; a `Trunk` fills it and makes the blocks."""
+        self.removed, self.base, self.block, self.logs = removed, base, None, {}
+        self.margins = base.margin
+        self.site.set_removed(removed)
+
+    def adopt(self, block: Block) -> None:
+        """Have this block in memory: a trunk made it for all sites."""
+        self.block = block
+        self.norms = _norms(self.site, block)
+        if self.tune:
+            self._probe(block.indices)
 
     def _carry(self, removed: frozenset[int]) -> None:
         """Keep the results of images that the newly removed groups do not touch; of the others only expectations.
