@@ -191,6 +191,38 @@ def apoz(space: ChannelSpace, context: Context) -> Importances:
     return moments.per_group(moments.means()[0])
 
 
+def function(space: ChannelSpace, context: Context) -> Importances:
+    """How far a filter's function is from that of the filter that could stand in for it: 1 - correlation of responses.
+
+    Filters of a layer whose pooled responses correlate form clusters; the one that contributes most represents its
+    cluster and leaves last, so no cluster is emptied before the others. A group counts as its first layer's filter.
+    After Qin et al. 2018, Functionality-oriented convolutional filter pruning, arXiv:1810.07322, who cluster
+    activation-maximised images; see `interpret.redundancy` and `interpret.contribution`.
+    """
+    from onnxcar import interpret
+
+    assert context.data is not None
+    out = np.full(len(space.groups), 2.0)  # what cannot be watched is taken for unique
+    owners = {group.layer for group in space.groups}
+    found = interpret.responses(
+        space,
+        context.data,
+        layers=sorted(owners),
+        top=False,
+        provider=context.provider,
+        threads=context.threads,
+        batch_bytes=context.batch_bytes,
+    )
+    for state in found.layers:
+        own = np.asarray([g >= 0 and space.groups[g].layer == state.layer.index for g in state.layer.groups])
+        at = np.flatnonzero(own)
+        groups, first = np.unique(state.layer.groups[at], return_index=True)
+        at = at[first]
+        share = interpret.contribution(space, state)[at]
+        out[groups] = interpret.redundancy(state.correlation()[np.ix_(at, at)], share)
+    return out
+
+
 def random(space: ChannelSpace, context: Context) -> Importances:
     """Uniform in [0, 1), by `seed` alone."""
     return np.random.default_rng(context.seed).random(len(space.groups))
@@ -206,6 +238,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("outgoing", outgoing, source="10.3389/fdata.2021.704182"),
         Criterion("variance", variance, needs_data=True, source="10.1109/ACCESS.2015.2494536"),
         Criterion("apoz", apoz, needs_data=True, source="arXiv:1607.03250"),
+        Criterion("function", function, needs_data=True, source="arXiv:1810.07322"),
         Criterion("random", random),
     )
 }

@@ -107,6 +107,11 @@ class Dataset:
         """Keys of :meth:`inputs`: graph inputs by name, or "" for the only one."""
         return tuple(self._source.arrays) if isinstance(self._source, ArraySource) else ("",)
 
+    @property
+    def holds_pixels(self) -> bool:
+        """Whether samples are pixels that `preprocess` makes inputs of, rather than inputs already."""
+        return not isinstance(self._source, ArraySource)
+
     def name(self, index: int) -> str:
         """A sample's name for messages: its path, or where in which array it is."""
         return self._source.name(int(self._index[index]))

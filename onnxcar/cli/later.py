@@ -31,7 +31,7 @@ LATER_VALUES: Mapping[str, Mapping[str, str]] = {
     "executor": {"ray": "scoring on many machines"},
     "recover": {"bias": "recovery", "bn": "recovery", "least-squares": "recovery"},
     "norms": {},
-    "criterion": {"function": "functional redundancy as a criterion"},
+    "criterion": {},
 }
 
 

@@ -31,8 +31,8 @@ __all__ = [
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # Written out so that --help imports neither numpy nor the tables; a test compares them with the tables.
-CRITERIA = ("car", "class-car", "l1", "l2", "outgoing", "variance", "apoz", "random")
-LATER_CRITERIA = ("function",)
+CRITERIA = ("car", "class-car", "l1", "l2", "outgoing", "variance", "apoz", "function", "random")
+LATER_CRITERIA: tuple[str, ...] = ()
 PRESETS = ("imagenet", "cifar10", "mnist", "tf", "unit", "raw")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
