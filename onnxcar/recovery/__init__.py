@@ -1,0 +1,6 @@
+"""Recovery without training: the layers of a compact model refitted to what the original computes."""
+
+from onnxcar.recovery._recover import METHODS, recover
+from onnxcar.recovery._result import LayerFit, Recovered
+
+__all__ = ["METHODS", "LayerFit", "Recovered", "recover"]

@@ -1,0 +1,131 @@
+"""Ridge regression toward given weights, from normal equations summed up chunk by chunk in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+Array = npt.NDArray[Any]
+
+#: Ridge strengths tried, as a fraction of the mean variance of the inputs; infinite: only the bias is fitted.
+RIDGES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, np.inf)
+
+
+class Normal:
+    """Normal equations of several independent blocks of one layer.
+
+    Attributes:
+        n: Rows summed up so far.
+        x, t: Sums of inputs (blocks, d) and targets (blocks, m).
+        xx, xt: Sums of products, (blocks, d, d) and (blocks, d, m).
+        tt: Sum of squared targets, (blocks, m).
+    """
+
+    def __init__(self, blocks: int, d: int, m: int) -> None:
+        self.n = 0
+        self.x, self.t = np.zeros((blocks, d)), np.zeros((blocks, m))
+        self.xx, self.xt = np.zeros((blocks, d, d)), np.zeros((blocks, d, m))
+        self.tt = np.zeros((blocks, m))
+
+    def add(self, x: Array, t: Array) -> None:
+        """Rows of inputs (blocks, rows, d) and targets (blocks, rows, m)."""
+        x, t = x.astype(np.float64), t.astype(np.float64)
+        self.n += x.shape[1]
+        self.x += x.sum(1)
+        self.t += t.sum(1)
+        across = x.swapaxes(1, 2)
+        self.xx += across @ x
+        self.xt += across @ t
+        self.tt += np.square(t).sum(1)
+
+    def error(self, weights: Array, bias: Array) -> float:
+        """Mean squared distance of outputs to targets, summed over filters.
+
+        Args:
+            weights: (blocks, d, m).
+            bias: (blocks, m).
+        """
+        fit = (weights * (self.xx @ weights)).sum(1) - 2 * (weights * self.xt).sum(1) + self.tt
+        mean = (self.x[:, None, :] @ weights)[:, 0]
+        fit += 2 * bias * (mean - self.t) + self.n * np.square(bias)
+        return float(np.maximum(fit, 0).sum()) / max(self.n, 1)
+
+    def spread(self) -> float:
+        """Variance of the targets, summed over filters: what an error is measured against."""
+        return float(np.maximum(self.tt - np.square(self.t) / max(self.n, 1), 0).sum()) / max(self.n, 1)
+
+    def bias(self, weights: Array) -> Array:
+        """The best bias for these weights, (blocks, m)."""
+        return (self.t - (self.x[:, None, :] @ weights)[:, 0]) / max(self.n, 1)
+
+    def solve(self, near: Array, ridge: float) -> Array:
+        """Weights (blocks, d, m) of least squared distance plus ridge toward `near`; the bias is free.
+
+        W = W0 + (X'X + ridge v I)^-1 X'(T - X W0) with centred X and T, v the mean variance of an input.
+        """
+        if np.isinf(ridge):
+            return near
+        gram = self.xx - self.x[:, :, None] * self.x[:, None, :] / max(self.n, 1)
+        right = self.xt - self.x[:, :, None] * self.t[:, None, :] / max(self.n, 1) - gram @ near
+        out = near.copy()
+        d = gram.shape[1]
+        for b in range(len(gram)):
+            scale = float(np.trace(gram[b])) / d
+            if scale > 0:
+                held = gram[b] + ridge * scale * np.eye(d)
+                out[b] += scipy.linalg.solve(held, right[b], assume_a="pos", check_finite=False)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What a fit found.
+
+    Attributes:
+        weights: (blocks, d, m).
+        bias: (blocks, m).
+        ridge: The strength chosen, infinite where only the bias was fitted; None where nothing was better than before.
+        before: Distance to the targets on held-back rows over their variance, with the weights as they were.
+        after: The same with those found.
+    """
+
+    weights: Array
+    bias: Array
+    ridge: float | None
+    before: float
+    after: float
+
+
+def best(
+    fit: Normal, held: Normal, near: Array, bias: Array, dtype: npt.DTypeLike, ridges: tuple[float, ...] = RIDGES
+) -> Solution:
+    """The ridge that does best on the held-back rows; as before where none is better.
+
+    Args:
+        fit: Rows to fit on.
+        held: Rows to choose on.
+        near: Weights as they are (blocks, d, m).
+        bias: As it is (blocks, m).
+        dtype: What the weights are stored in: solutions are rounded before they are judged.
+        ridges: Strengths to try.
+    """
+    spread = held.spread() or 1.0
+    before = held.error(near, bias)
+    found = Solution(near, bias, None, before / spread, before / spread)
+    for ridge in ridges:
+        try:
+            weights = fit.solve(near, ridge)
+        except np.linalg.LinAlgError:
+            continue  # singular at this strength; a stronger one is not
+        if not np.isfinite(weights).all():
+            continue
+        weights = weights.astype(dtype).astype(np.float64)
+        own = fit.bias(weights).astype(dtype).astype(np.float64)
+        after = held.error(weights, own) / spread
+        if np.isfinite(after) and after < found.after * (1 - 1e-9):
+            found = Solution(weights, own, ridge, before / spread, after)
+    return found
