@@ -276,6 +276,10 @@ class ChannelSpace:
         ledger = self._ledger(removed)
         return Cost(ledger.params, round(ledger.macs))
 
+    def term_macs(self, removed: Collection[int] = ()) -> npt.NDArray[np.float64]:
+        """MACs of each of `terms` in the network without the groups `removed`, (n_terms,)."""
+        return self._ledger(removed).by_term()
+
     def _ledger(self, removed: Collection[int]) -> Ledger:
         """A ledger for `removed`; the last one goes on where it can, as a search removes more and more."""
         gone = removed if isinstance(removed, set | frozenset) else set(removed)

@@ -93,6 +93,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "min_filters": Key("int"),
         "multiple_of": Key("int or text"),
         "recover": Key(),
+        "recover_every": Key("int"),
         "norms": Key(),
         "classes": Key("names"),
         "verify": Key("bool"),

@@ -17,9 +17,12 @@ from onnxcar.channels import ChannelSpace
 from onnxcar.journal import Journal
 from onnxcar.progress import Report
 from onnxcar.scope import Field, Keep
-from onnxcar.steps import TINY, Choice, Chooser, Mark, Path, Step, Stop
+from onnxcar.steps import TINY, Check, Choice, Chooser, Clock, Mark, Path, Step, Stop
 
-__all__ = ["Choice", "Chooser", "Mark", "Path", "Step", "Stop", "retreat", "walk"]
+CHECKS = 6  # measurements of a network on the way to a target latency
+FURTHER = 0.98  # after one that missed, the prediction has to fall at least so far
+
+__all__ = ["Choice", "Chooser", "Mark", "Path", "Step", "Stop", "prefixes", "retreat", "shorten", "walk"]
 
 
 def walk(
@@ -34,6 +37,7 @@ def walk(
     journal: Journal | None = None,
     progress: Report | None = None,
     started: float | None = None,
+    clock: Clock | None = None,
 ) -> Path:
     """Remove groups field by field; see `Stop` for when it ends.
 
@@ -50,23 +54,48 @@ def walk(
         journal: Answers of an interrupted run, and where new ones go.
         progress: Told after every step.
         started: `time.monotonic()` from which the time limit counts, default now.
+        clock: Tells latencies; a rule on latency needs one.
     """
     loop = _Loop(space, search_fields, chooser, stop, keep, per_step, journal or Journal(None, {}), progress)
     loop.whole = tuple(whole) if stop.ratio is not None else ()
+    loop.clock = clock
     return loop.run(time.monotonic() if started is None else started)
 
 
 def retreat(space: ChannelSpace, path: Path, keep: Keep) -> Path:
     """The path without its last removal, and without what then is no multiple any more; its last score is unknown."""
-    steps = path.steps[:-1]
-    back = keep.given_back([step.group for step in steps], keep.all_layers())
-    steps = tuple(step for step in steps if step.group not in back)
+    groups = [step.group for step in path.steps[:-1]]
+    return shorten(space, path, frozenset(groups) - keep.given_back(groups, keep.all_layers()))
+
+
+def shorten(space: ChannelSpace, path: Path, groups: frozenset[int]) -> Path:
+    """The path with only these of its removals standing; the others were given back, its last score is unknown."""
+    if groups == path.groups:
+        return path
+    steps = tuple(step for step in path.steps if step.group in groups)
     if steps:
-        cost = space.cost([step.group for step in steps])
-        steps = (*steps[:-1], replace(steps[-1], cost=cost, mark=None))
-    left = {step.group for step in steps}
-    gone = [*path.given_back, *(step for step in path.steps if step.group not in left)]
+        steps = (*steps[:-1], replace(steps[-1], cost=space.cost(groups), mark=None))
+    gone = [*path.given_back, *(step for step in path.steps if step.group not in groups)]
     return replace(path, steps=steps, given_back=_sorted(gone))
+
+
+def prefixes(path: Path, keep: Keep) -> list[frozenset[int]]:
+    """What could be shipped after each step, in order, counts made the multiples asked for; the last is `path.groups`.
+
+    Sets that repeat, and the empty one, are left out.
+    """
+    found: list[frozenset[int]] = []
+    gone: list[int] = []
+    layers = keep.all_layers()
+    for i, step in enumerate(path.steps):
+        gone.append(step.group)
+        last = i + 1 == len(path.steps)
+        if not last and path.steps[i + 1].step == step.step:
+            continue  # groups of one step leave together
+        left = path.groups if last else frozenset(gone) - keep.given_back(gone, layers)
+        if left and (not found or left != found[-1]):
+            found.append(left)
+    return found
 
 
 def _sorted(steps: Iterable[Step]) -> tuple[Step, ...]:
@@ -90,6 +119,10 @@ class _Loop:
         self.space, self.fields, self.chooser, self.stop, self.keep = space, search_fields, chooser, stop, keep
         self.per_step, self.journal, self.progress = per_step, journal, progress
         self.whole: tuple[Field, ...] = ()
+        self.clock: Clock | None = None
+        self.checks: list[Check] = []
+        self.timed: frozenset[int] = frozenset()  # what was last looked at for its latency
+        self.aim = stop.target_latency or 0.0  # predicted latency at which it is time to measure
         self.sharing: dict[tuple[int, ...], list[Field]] = {}  # of `whole`, those with groups of a field
         self.original = space.cost(())
         self.settled = (frozenset[int](), self.original)  # what would be shipped when last looked at, and its cost
@@ -116,14 +149,14 @@ class _Loop:
             self.close()
             if stopped == "max_drop":
                 dropped.add(field.layers)
-            if stopped in ("steps", "target_macs", "target_params", "time_limit"):
+            if stopped in ("steps", "target_macs", "target_params", "target_latency", "time_limit"):
                 break
         self.settle(self.keep.all_layers())
         if self.stop.max_drop is not None:
             self.keep_promise(self.stop.max_drop)
         self.close()
         self.report(self.done, stopped)
-        return Path(tuple(self.steps), _sorted(self.back), base, stopped)
+        return Path(tuple(self.steps), _sorted(self.back), base, stopped, tuple(self.checks))
 
     def exhaust(self, field: Field, later: int) -> str:
         """Remove groups of one field until a rule bites; its name.
@@ -158,6 +191,7 @@ class _Loop:
             cost = self.space.cost(after)
             self.steps += [Step(self.n_steps, c.group, c.importance, mark, cost) for c in taken]
             self.removed = after
+            self.chooser.step(after)
             self.done += self.chooser.work(len(candidates))
 
     def short(self, field: Field) -> int:
@@ -185,6 +219,8 @@ class _Loop:
         for rule in ("target_macs", "target_params"):
             if self.meets(rule):
                 return rule
+        if self.fast():
+            return "target_latency"
         # Answers from the journal take no time: a run that goes on has the whole limit for what is left.
         if not self.journal.replaying and time.monotonic() + self.longest_s > self.deadline:
             return "time_limit"
@@ -199,10 +235,36 @@ class _Loop:
         goal = share * getattr(self.original, name)
         if getattr(self.steps[-1].cost if self.steps else self.original, name) > goal:
             return False  # giving back only adds
-        left = self.removed - self.keep.given_back([step.group for step in self.steps], self.keep.all_layers())
+        left = self.left()
         if left != self.settled[0]:
             self.settled = (left, self.space.cost(left))
         return bool(getattr(self.settled[1], name) <= goal)
+
+    def left(self) -> frozenset[int]:
+        """The groups that would be gone if it ended here: counts made the multiples asked for."""
+        return self.removed - self.keep.given_back([step.group for step in self.steps], self.keep.all_layers())
+
+    def fast(self) -> bool:
+        """Whether the target latency is met: predicted first, then measured.
+
+        Where the measurement misses, the prediction is held to be wrong by as much further on. After `CHECKS`
+        measurements the search ends; the last one tells how far off it is.
+        """
+        goal = self.stop.target_latency
+        if goal is None or self.clock is None or not self.removed:
+            return False
+        left = self.left()
+        if left == self.timed or not left:
+            return False
+        self.timed = left
+        predicted = self.clock.predict(left)
+        if predicted > self.aim:
+            return False
+        clock = self.clock
+        measured = self.journal.ask({"latency": len(left), "crc": _crc(left)}, lambda: clock.check(left))
+        self.checks.append(Check(len(left), predicted, measured))
+        self.aim = min(self.aim, predicted) * min(goal / measured, FURTHER)
+        return bool(measured <= goal) or len(self.checks) >= CHECKS
 
     def compatible(
         self, choices: Sequence[Choice], removed: frozenset[int], field: Field, room: int | None
@@ -232,6 +294,8 @@ class _Loop:
         self.back += [step for step in self.steps if step.group in groups]
         self.steps = [step for step in self.steps if step.group not in groups]
         self.removed = self.removed.difference(groups)
+        if groups:
+            self.chooser.step(self.removed)
 
     def close(self) -> None:
         """Score and cost where a field ends; giving back may have torn a step apart, and not every step is scored."""

@@ -30,6 +30,7 @@ METRICS = ("top1", "top5")  # losses of 0 or 1 per image, of which the test is e
 NUISANCE = 0.1  # of the risk, spent on bounding how many images the pruned model alone gets right
 SHARE = 0.5  # of the data is held back, more where the promise needs more
 MOST_HELD = 0.75
+LARGEST = 0.5  # drop that can be promised; near 1 the closed form does not hold
 METHOD = "fixed sequence, exact paired test (trinomial, Berger-Boos)"
 
 
@@ -101,10 +102,10 @@ def check(metric: str, max_drop: float | None, confidence: float) -> None:
         raise PlanError(
             f"guarantee is {confidence}, and must be a confidence between 0 and 1: 0.95.", field="guarantee"
         )
-    if max_drop is None or not 0 < max_drop < 1:
+    if max_drop is None or not 0 < max_drop <= LARGEST:
         raise PlanError(
-            f"A guarantee promises a drop below a limit, and max_drop is {max_drop}. Give a fraction above 0: "
-            "--max-drop 0.01.",
+            f"A guarantee promises a drop below a limit, and max_drop is {max_drop}. Give a fraction above 0, "
+            f"at most {LARGEST:g}: --max-drop 0.01.",
             field="max_drop",
         )
     if metric not in METRICS:

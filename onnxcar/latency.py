@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnxcar.model import Model
     from onnxcar.runtime import Input, Session
 
-__all__ = ["Latency", "interleave", "measure", "ratio"]
+__all__ = ["Latency", "feeds_of", "interleave", "measure", "ratio"]
 
 _WARM_UP = 3
 _LEAST, _MOST = 15, 300  # rounds; the median of 15 has a 95 % interval from the 4th to the 12th
@@ -83,11 +83,11 @@ def measure(
     timed: list[Callable[[], Any]] = []
     for model in models:
         opened = session(model, provider=found, threads=threads)
-        timed.append(partial(opened.run, _feeds(opened, data)))
+        timed.append(partial(opened.run, feeds_of(opened, data)))
     return interleave(timed, runs)
 
 
-def _feeds(opened: Session, data: Dataset | None) -> dict[str, Any]:
+def feeds_of(opened: Session, data: Dataset | None) -> dict[str, Any]:
     """Input for one run: the first sample, repeated where the batch is fixed."""
     if data is None:
         rng = np.random.default_rng(0)

@@ -51,6 +51,12 @@ class Ledger:
                 self._axes_of[g].append(k)
         self.blocked: set[int] = {int(ids[0]) for ids in self._axes if len(ids) == 1}
 
+    def by_term(self) -> npt.NDArray[np.float64]:
+        """MACs of each term that are left, in the order of `ChannelSpace.terms`."""
+        return np.asarray(
+            [s * float((a * b).sum()) for s, a, b in zip(self._scales, self._ins, self._outs, strict=True)]
+        )
+
     def copy(self) -> Ledger:
         """A ledger of its own with the same groups removed; arrays are shared, as no removal writes into them."""
         made = copy(self)

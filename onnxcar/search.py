@@ -8,36 +8,32 @@ network as pruned so far; at global scope all groups compete.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnxcar
+import numpy as np
+
+from onnxcar import guarantee as promises
 from onnxcar import record as records
-from onnxcar import surgery
 from onnxcar.channels import ChannelSpace
-from onnxcar.choosers import chooser
-from onnxcar.criteria import CRITERIA, Context, Criterion, CriterionFunction, find
+from onnxcar.criteria import Criterion, CriterionFunction
 from onnxcar.data import Dataset
-from onnxcar.errors import DataError, PlanError
-from onnxcar.greedy import retreat, walk
-from onnxcar.journal import Journal
+from onnxcar.errors import PlanError
+from onnxcar.finish import Finished
+from onnxcar.greedy import prefixes, retreat, shorten
 from onnxcar.model import Model, check_output, save
 from onnxcar.progress import Report
-from onnxcar.rules import analyze
-from onnxcar.runtime import resolve_provider
-from onnxcar.scope import Keep, fields, select_layers, vector_width, whole_layers
-from onnxcar.scoring import Score, Scorer, evaluate
+from onnxcar.pruning import Pruning
+from onnxcar.scoring import Score
 from onnxcar.steps import TINY, Step, Stop
 from onnxcar.steps import Path as GreedyPath
 from onnxcar.surgery import Plan
 
 __all__ = ["Run", "Step", "Stop", "prune", "read_plan", "write"]
 
-SCOPES = ("layer", "global")
-DEFAULT_STOP = Stop(max_drop=0.01)
+TESTED, RECOVERED = 16, 12  # models that a promise is tested on at most, without recovery and with it
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +82,10 @@ def prune(
     min_filters: int = 1,
     multiple_of: int | str | None = None,
     norms: str = "protect",
+    recover: str = "none",
+    recover_every: int = 0,
+    calibration_data: Dataset | None = None,
+    guarantee: float | None = None,
     seed: int = 0,
     plan: Mapping[str, Any] | str | Path | None = None,
     test_data: Dataset | None = None,
@@ -118,6 +118,13 @@ def prune(
             fast on the provider. None: "auto" where `stop` is a budget (max_drop, target_*), 1 where it says how much
             to remove (ratio, steps).
         norms: As `analyze`.
+        recover: "none", or a method of `recovery.recover`: corrects the network without training. The compact model is
+            verified before that, and scored after.
+        recover_every: Recover after so many removed groups, too, so that the search sees the repaired network; 0: once,
+            at the end.
+        calibration_data: What recovery fits on, labels not needed; default `data`.
+        guarantee: Confidence with which the drop on unseen data is below `stop.max_drop`; a part of `data` is kept
+            untouched for the test, see `onnxcar.guarantee`.
         seed: Of everything random.
         plan: Remove exactly this instead of searching: a plan, a record, or a file of either.
         test_data: Samples the final numbers are reported on; never used to choose.
@@ -136,90 +143,116 @@ def prune(
         PlanError: An argument is out of its range, a pattern matches nothing, nothing can be removed, or the plan is of
             another model.
     """
-    started = time.monotonic()
-    rule = stop if stop is not None and stop.any else DEFAULT_STOP
-    row = find(criterion)
-    _check_numbers(scope, per_step, min_filters, multiple_of)
-    _check_data(row, rule, data, plan is not None)
-    run_on = _RunOn(resolve_provider(provider).name, threads, batch_size, memory_bytes)
-    wanted = multiple_of if multiple_of is not None else "auto" if rule.budget else 1
-    multiple = vector_width(run_on.provider) if wanted == "auto" else int(wanted)
-    arguments: dict[str, Any] = {
-        "scope": scope,
-        **asdict(rule),
-        "per_step": per_step,
-        "layers": list(layers),
-        "exclude": list(exclude),
-        "dense": dense,
-        "min_filters": min_filters,
-        "multiple_of": wanted,
-        "norms": norms,
-        "seed": seed,
-    }
-    space = analyze(model, norms=norms)
-    keep = Keep(space, min_filters, multiple, wanted == "auto")
-    original_cost = space.cost(())
-    scorer = None if data is None else run_on.scorer(space, data, metric)
+    task = Pruning.of(
+        model,
+        data,
+        criterion=criterion,
+        metric=metric,
+        scope=scope,
+        stop=stop,
+        per_step=per_step,
+        layers=layers,
+        exclude=exclude,
+        dense=dense,
+        min_filters=min_filters,
+        multiple_of=multiple_of,
+        norms=norms,
+        recover=recover,
+        recover_every=recover_every,
+        calibration_data=calibration_data,
+        guarantee=guarantee,
+        seed=seed,
+        planned=plan is not None,
+        test_data=test_data,
+        verify=verify,
+        provider=provider,
+        threads=threads,
+        batch_size=batch_size,
+        memory_bytes=memory_bytes,
+    )
+    space, more = task.space, dict[str, Any]()
     path: GreedyPath | None = None
     if plan is not None:
-        arguments = {"plan": str(plan) if isinstance(plan, str | Path) else "given", "norms": norms}
-        chosen = Plan.from_json(space, read_plan(plan))
+        named = {"plan": str(plan) if isinstance(plan, str | Path) else "given"}
+        more["arguments"] = named | {name: task.arguments[name] for name in ("norms", "recover")}
+        finished = task.finisher.make(Plan.from_json(space, read_plan(plan)).groups, progress=progress)
     else:
-        selected = select_layers(space, layers, exclude, dense=dense)
-        searched = fields(space, selected, exclude, scope)
-        context = Context(data, scorer, seed=seed, provider=run_on.provider, threads=threads)
-        header = _header(model, data, row.name, metric, run_on.provider, arguments | {"width": multiple})
-        with Journal(journal, header) as log:
-            path = walk(
-                space,
-                searched,
-                chooser(space, row, context, scope),
-                stop=rule,
-                keep=keep,
-                whole=whole_layers(space, selected, exclude) if scope == "layer" else (),
-                per_step=per_step,
-                journal=log,
-                progress=progress,
-                started=started,
-            )
-        chosen = Plan(path.groups)
-    base = None if scorer is None else scorer.base(frozenset())
-    compact = surgery.remove(space, chosen)
-    final = run_on.evaluate(compact, data, metric)
-    while path is not None and path.steps and rule.max_drop is not None and _fell(base, final) > rule.max_drop + TINY:
-        # Removing and masking round differently, and a sample on the edge fell: the promise is about what is shipped.
-        path = retreat(space, path, keep)
-        chosen = Plan(path.groups)
-        compact = surgery.remove(space, chosen)
-        final = run_on.evaluate(compact, data, metric)
-    cost = space.cost(chosen.groups)
-    verified = surgery.verify(space, chosen, compact) if verify else None
-    found: dict[str, Any] = {
-        "onnxcar": onnxcar.__version__,
-        "schema": records.SCHEMA,
-        "command": "prune",
-        "model": records.model_entry(model.path, model.sha256, original_cost, model.n_bytes),
-        "result": records.model_entry(None, None, cost, None),
-        "data": records.data_entry(data),
-        "test_data": records.data_entry(test_data),
-        "optimistic": test_data is None,
-        "metric": metric,
-        "provider": run_on.provider,
-        "seconds": 0.0,
-        "base": records.score_entry(base),
-        "final": records.score_entry(final),
-        "test_base": records.score_entry(run_on.evaluate(model, test_data, metric)),
-        "test_final": records.score_entry(run_on.evaluate(compact, test_data, metric)),
-        "criterion": "plan" if path is None else row.name,
-        "recover": "none",
-        "arguments": arguments,
-        **records.path_entries(space, path),
-        "removed": chosen.removed(space),
-        "protected": records.protected_entries(space),
-        "verify": records.verify_entry(verified),
+        path = task.search(journal, progress)
+        if task.held is not None and guarantee is not None:
+            path, more["guarantee"] = _promised(task, path, guarantee, progress)
+        finished = task.finisher.make(path.groups, progress=progress)
+        if task.held is None:
+            path, finished = _within(task, path, finished)
+    return Run(space, finished.model, finished.plan, task.record(finished, path, **more), path, _path(journal))
+
+
+def _within(task: Pruning, path: GreedyPath, finished: Finished) -> tuple[GreedyPath, Finished]:
+    """The path cut back until what is shipped is within the drop on the data that filters were chosen on.
+
+    Removing and masking round differently, so a sample on the edge may fall.
+    """
+    most = task.stop.max_drop
+    while most is not None and path.steps and _fell(task.base, finished.score) > most + TINY:
+        path = retreat(task.space, path, task.keep)
+        finished = task.finisher.make(path.groups)
+    return path, finished
+
+
+def _promised(
+    task: Pruning, path: GreedyPath, confidence: float, progress: Report | None
+) -> tuple[GreedyPath, dict[str, Any]]:
+    """The path up to the most pruned model whose drop on the held part is certainly below the limit, and the tests.
+
+    What is tested is what would be shipped: counts made the multiples asked for, recovered where that is asked for.
+    """
+    assert task.held is not None
+    assert task.stop.max_drop is not None
+    held, limit, risk = task.held.held, task.stop.max_drop, 1 - confidence
+    base = task.on.evaluate(task.space.model, held, task.metric)
+    assert base is not None
+    most = RECOVERED if task.finisher.recover != "none" else TESTED
+    sets = _evenly(task, prefixes(path, task.keep), most)
+    tests: list[promises.Certificate] = []
+    last: frozenset[int] = frozenset()
+    for groups in sets:
+        if progress is not None:
+            progress.update(len(tests), len(sets), f"testing the promise: {len(groups)} groups removed")
+        score = task.on.evaluate(task.finisher.rebuilt(groups), held, task.metric)
+        assert score is not None
+        lost, won = promises.flips(base, score)
+        p = promises.p_value(lost, won, len(held), limit, risk)
+        macs = task.space.cost(groups).macs
+        tests.append(promises.Certificate(len(groups), macs, lost, won, len(held), p, p <= risk))
+        if p > risk:
+            break
+        last = groups
+    said = {
+        "confidence": confidence,
+        "max_drop": limit,
+        "method": promises.METHOD,
+        "split": {
+            "seed": task.held.seed,
+            "choosing": records.data_entry(task.held.choosing),
+            "held": records.data_entry(held),
+        },
+        "models": len(sets),
+        "tests": [test.to_dict() for test in tests],
     }
-    found["seconds"] = round(time.monotonic() - started, 3)
-    return Run(space, compact, chosen, found, path, None if journal is None else Path(journal))
+    stopped = "guarantee" if len(last) < len(path.groups) else path.stopped
+    return replace(shorten(task.space, path, last), stopped=stopped), said
+
+
+def _evenly(task: Pruning, sets: Sequence[frozenset[int]], most: int) -> list[frozenset[int]]:
+    """At most so many of the sets, the last one included, about evenly spaced in MACs."""
+    if len(sets) <= most:
+        return list(sets)
+    macs = np.asarray([task.space.cost(groups).macs for groups in sets], np.float64)
+    goals = np.linspace(macs[0], macs[-1], most)
+    return [sets[i] for i in sorted({int(np.abs(macs - goal).argmin()) for goal in goals} | {len(sets) - 1})]
+
+
+def _path(journal: str | Path | None) -> Path | None:
+    return None if journal is None else Path(journal)
 
 
 def write(run: Run, out: str | Path, *, record: str | Path | None = None, force: bool = False) -> dict[str, Any]:
@@ -264,61 +297,5 @@ def read_plan(plan: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class _RunOn:
-    """How networks are run. Nothing here is meant to change a result."""
-
-    provider: str
-    threads: int | None
-    batch_size: int | None
-    memory_bytes: int | None
-
-    def scorer(self, space: ChannelSpace, data: Dataset, metric: str) -> Scorer:
-        return Scorer(space, data, metric=metric, **asdict(self))
-
-    def evaluate(self, model: Model, data: Dataset | None, metric: str) -> Score | None:
-        return None if data is None else evaluate(model, data, metric=metric, **asdict(self))
-
-
 def _fell(base: Score | None, final: Score | None) -> float:
     return 0.0 if base is None or final is None else base.reduction(final)
-
-
-def _header(
-    model: Model, data: Dataset | None, criterion: str, metric: str, provider: str, arguments: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What must match for a journal to answer this run. The time limit may differ: a stopped run can go on."""
-    return {
-        "onnxcar": onnxcar.__version__,
-        "model": model.sha256,
-        "data": None if data is None else data.sha256,
-        "samples": None if data is None else len(data),
-        "criterion": criterion,
-        "metric": metric,
-        "provider": provider,
-        "arguments": {name: value for name, value in arguments.items() if name != "time_limit"},
-    }
-
-
-def _check_numbers(scope: str, per_step: int, min_filters: int, multiple_of: int | str | None) -> None:
-    if scope not in SCOPES:
-        raise PlanError(f"There is no scope {scope!r}. Take one of {', '.join(SCOPES)}.", scope=scope)
-    for name, value in (("per_step", per_step), ("min_filters", min_filters), ("multiple_of", multiple_of)):
-        if value is not None and value != "auto" and (not isinstance(value, int) or value < 1):
-            raise PlanError(f"{name} is {value!r}, and must be a whole number of at least 1.", field=name)
-
-
-def _check_data(row: Criterion, stop: Stop, data: Dataset | None, planned: bool) -> None:
-    if planned or data is not None:
-        return
-    free = ", ".join(name for name, other in CRITERIA.items() if not other.needs_data)
-    if row.needs_data:
-        raise DataError(
-            f"Criterion {row.name!r} scores filters on images, and there is no data. Give --data, or take a criterion "
-            f"that looks at weights alone: {free}."
-        )
-    if stop.max_drop is not None:
-        raise DataError(
-            f"max_drop={stop.max_drop:g} is a drop on validation data, and there is no data. Give --data, or say how "
-            "much to remove: --ratio, --steps, --target-macs or --target-params."
-        )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from onnxcar.channels import ChannelSpace, Cost
 from onnxcar.errors import PlanError
 
-__all__ = ["TINY", "Choice", "Chooser", "Mark", "Path", "Step", "Stop"]
+__all__ = ["TINY", "Check", "Choice", "Chooser", "Clock", "Mark", "Path", "Step", "Stop"]
 
 TINY = 1e-9  # a drop is a ratio of counts; this absorbs its rounding
 
@@ -24,6 +24,7 @@ class Stop:
             scope the search goes on with the next layer.
         target_macs: Fraction of the original's multiply-accumulates to come down to, in (0, 1).
         target_params: The same of its params.
+        target_latency: The same of its latency, measured here.
         steps: At most that many greedy steps.
         time_limit: Seconds after which no further step is begun.
 
@@ -37,9 +38,10 @@ class Stop:
     target_params: float | None = None
     steps: int | None = None
     time_limit: float | None = None
+    target_latency: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ratio", "target_macs", "target_params"):
+        for name in ("ratio", "target_macs", "target_params", "target_latency"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise PlanError(
@@ -106,6 +108,9 @@ class Chooser(Protocol):
     def work(self, n_candidates: int) -> int:
         """How many candidate evaluations one call of `lowest` amounts to."""
 
+    def step(self, removed: frozenset[int]) -> None:
+        """Told after every step, those answered by a journal included, where the search stands."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -141,6 +146,31 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Latency of one network on the path, as a fraction of the original's.
+
+    Attributes:
+        groups: How many were gone.
+        predicted: From the table of layers.
+        measured: Of the compact network, interleaved with the original.
+    """
+
+    groups: int
+    predicted: float
+    measured: float
+
+
+class Clock(Protocol):
+    """Tells the latency of networks, as a fraction of the original's."""
+
+    def predict(self, removed: Collection[int]) -> float:
+        """From what is known of the layers; at once."""
+
+    def check(self, removed: Collection[int]) -> float:
+        """By running it."""
+
+
+@dataclass(frozen=True)
 class Path:
     """What the loop removed.
 
@@ -149,14 +179,16 @@ class Path:
         given_back: Removals that were taken back so that counts are the multiples asked for, or the drop stays within
             bounds.
         base: Score of the original, None without data.
-        stopped: The rule that ended it: "ratio", "max_drop", "steps", "target_macs", "target_params", "time_limit", or
-            "nothing left" where no further group may go.
+        stopped: The rule that ended it: "ratio", "max_drop", "steps", "target_macs", "target_params",
+            "target_latency", "time_limit", "guarantee", or "nothing left" where no further group may go.
+        checks: Latencies that were measured on the way, over the original's.
     """
 
     steps: tuple[Step, ...]
     given_back: tuple[Step, ...]
     base: Mark | None
     stopped: str
+    checks: tuple[Check, ...] = ()
 
     @property
     def groups(self) -> frozenset[int]:

@@ -330,7 +330,7 @@ def test_bad_value_of_a_config_is_refused_like_a_flag(folder):
 
 
 def test_flag_of_a_config_that_is_not_built_is_refused(folder):
-    (folder / "onnxcar.toml").write_text('[data]\ndata = "val.npz"\n[prune]\nguarantee = 0.9\n')
+    (folder / "onnxcar.toml").write_text('[data]\ndata = "val.npz"\nexecutor = "ray"\n')
     result = run("prune", "m.onnx")
     assert result.exit_code == 2
     assert "not in this version" in result.stderr

@@ -67,7 +67,7 @@ def test_every_flag_that_is_not_built_is_refused_with_its_value():
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--executor", "ray"), ("--executor", "ray://host:1"), ("--recover", "bn")],
+    [("--executor", "ray"), ("--executor", "ray://host:1")],
 )
 def test_every_value_that_is_not_built_is_refused(flag, value):
     assert value.split(":")[0] in LATER_VALUES[flag.strip("-")]

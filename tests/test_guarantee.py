@@ -136,6 +136,7 @@ def test_too_few_images_are_said_with_the_number_that_is_needed():
         ("r2", 0.01, 0.95, "counts none"),
         ("top1", None, 0.95, "--max-drop"),
         ("top1", 0.0, 0.95, "above 0"),
+        ("top1", 0.6, 0.95, "at most 0.5"),
         ("top1", 0.01, 1.0, "between 0 and 1"),
     ],
 )

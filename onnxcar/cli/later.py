@@ -17,11 +17,8 @@ __all__ = ["LATER", "LATER_VALUES", "later_options", "refuse_later_values"]
 #: Command -> flag -> what it will do.
 LATER: Mapping[str, Mapping[str, str]] = {
     "prune": {
-        "--target-latency": "a stop rule on measured latency",
-        "--guarantee": "a bound on unseen data",
         "--classes": "specialising a network to some classes",
         "--report": "the HTML report",
-        "--calibration-data": "what --recover fits on",
     },
     "compare": {"--report": "the HTML report"},
 }
@@ -29,7 +26,7 @@ LATER: Mapping[str, Mapping[str, str]] = {
 #: Flag -> values of it that are known and not built; the other values work.
 LATER_VALUES: Mapping[str, Mapping[str, str]] = {
     "executor": {"ray": "scoring on many machines"},
-    "recover": {"bias": "recovery", "bn": "recovery", "least-squares": "recovery"},
+    "recover": {},
     "norms": {},
     "criterion": {},
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from onnxcar.cli.border import InterruptedRunError
 from onnxcar.cli.command import Command
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 _WHAT, _STOP, _OUT = "What to remove", "When to stop (several: the first that bites; none: --max-drop 0.01)", "Output"
 DATA_FREE = ("l1", "l2", "outgoing", "random")
-_STOPS = ("ratio", "max_drop", "target_macs", "target_params", "steps", "time_limit")
+_STOPS = ("ratio", "max_drop", "target_macs", "target_params", "target_latency", "steps", "time_limit")
 # Flags that mean the same to the function.
 _SAME: tuple[str, ...] = (
     "criterion",
@@ -51,6 +52,9 @@ _SAME: tuple[str, ...] = (
     "min_filters",
     "multiple_of",
     "norms",
+    "recover",
+    "recover_every",
+    "guarantee",
     "seed",
     "plan",
     "verify",
@@ -111,8 +115,15 @@ _SAME: tuple[str, ...] = (
     type=click.Choice(("none", "bias", "bn", "least-squares")),
     metavar="NAME",
     default="none",
-    callback=refuse_later_values,
     help="none, bias, bn, least-squares: correct the network without training.  [default: none]",
+)
+@option(
+    "--recover-every",
+    section=_WHAT,
+    type=Count(0),
+    default=0,
+    metavar="K",
+    help="Recover after K removed groups, too, so that the search sees the repaired network.  [default: 0, at the end]",
 )
 @option(
     "--plan",
@@ -137,12 +148,26 @@ _SAME: tuple[str, ...] = (
 )
 @option("--target-macs", section=_STOP, type=Fraction(), metavar="F", help="At this fraction of the MACs.")
 @option("--target-params", section=_STOP, type=Fraction(), metavar="F", help="At this fraction of the params.")
+@option("--target-latency", section=_STOP, type=Fraction(), metavar="F", help="At this fraction of the latency, here.")
 @option("--steps", section=_STOP, type=Count(), metavar="N", help="After N greedy steps.")
+@option(
+    "--guarantee",
+    section=_STOP,
+    type=Fraction(),
+    metavar="P",
+    help="--max-drop holds on unseen data with confidence P: a part of --data is kept untouched for the test.",
+)
 @option("--time-limit", section=_STOP, type=TIME, metavar="T", help="In time (30m, 8h), with the best so far.")
 @option("--per-step", section=_STOP, type=Count(), default=1, metavar="K", help="Groups a step.  [default: 1]")
 @data_options
 @metric_option
 @test_data_option
+@option(
+    "--calibration-data",
+    section="Data",
+    metavar="PATH",
+    help="What --recover fits on, labels not needed.  [default: --data]",
+)
 @option(
     "-o",
     "--output",
@@ -193,6 +218,16 @@ def command(**params: Any) -> None:
 
 def _check_usage(params: dict[str, Any]) -> None:
     """Combinations that no single flag can refuse."""
+    _check_promise(params)
+    if params["recover"] == "none":
+        typed = click.get_current_context().get_parameter_source
+        for name in ("recover_every", "calibration_data"):
+            if typed(name) is ParameterSource.COMMANDLINE and params[name]:
+                flag = f"--{name.replace('_', '-')}"
+                raise click.UsageError(f"{flag} is about recovery: give --recover least-squares, or leave it out.")
+        params["recover_every"] = 0
+    elif params["calibration_data"] is None:
+        need_data(params, f"--recover {params['recover']}")
     if params["data"] is not None:
         return
     stops = [name for name in _STOPS if params[name] is not None]
@@ -211,6 +246,21 @@ def _check_usage(params: dict[str, Any]) -> None:
         )
 
 
+def _check_promise(params: dict[str, Any]) -> None:
+    if params["guarantee"] is None:
+        return
+    from onnxcar.errors import PlanError
+    from onnxcar.guarantee import check
+
+    need_data(params, "--guarantee")
+    if params["plan"] is not None:
+        raise click.UsageError("--guarantee tests the models of a search, and --plan names one. Leave one of them out.")
+    try:
+        check(params["metric"], params["max_drop"], params["guarantee"])
+    except PlanError as exc:
+        raise click.UsageError(str(exc)) from exc
+
+
 def _search(params: dict[str, Any], journal: Path | None) -> Run:
     """Everything up to the verified compact model in memory."""
     from onnxcar.model import load
@@ -222,6 +272,8 @@ def _search(params: dict[str, Any], journal: Path | None) -> Run:
     model = load(params["model"])
     provider = open_provider(params)
     data = None if params["data"] is None else open_data(params, model)
+    fitted = params["calibration_data"] if params["recover"] != "none" else None
+    calibration = None if fitted is None else open_data(params, model, fitted, labelled=False)
     test = None if params["test_data"] is None else open_data(params, model, params["test_data"])
     _warn_of_overlap(data, test)
     if journal is not None and journal.exists():
@@ -234,6 +286,7 @@ def _search(params: dict[str, Any], journal: Path | None) -> Run:
                 data,
                 stop=Stop(**{name: params[name] for name in _STOPS}),
                 test_data=test,
+                calibration_data=calibration,
                 provider=provider.name,
                 memory_bytes=params["memory"],
                 journal=journal,

@@ -119,8 +119,10 @@ _WHY_STOPPED = {
     "max_drop": "the next step would cost more than --max-drop",
     "target_macs": "--target-macs is reached",
     "target_params": "--target-params is reached",
+    "target_latency": "--target-latency is reached, or was measured as often as it makes sense",
     "steps": "--steps are done",
     "time_limit": "--time-limit is over",
+    "guarantee": "a model pruned further does not pass the test of --guarantee",
     "nothing left": "nothing else may go",
     "plan": "as the plan says",
 }
@@ -139,6 +141,9 @@ def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None
         error = verified["max_abs_error"]
         within = f", largest difference {error:.0e}" if error else ", to the last bit"
         here.note(f"Verified on {verified['samples']} samples: output = masked original{within}.")
+    _say_recovery(record)
+    _say_promise(record)
+    _say_latency(record)
     if not record["removed"]:
         here.warn(_nothing_removed(record))
     if record["base"] is not None and record["optimistic"]:
@@ -147,7 +152,59 @@ def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None
     if record["stopped"] == "time_limit":
         here.note(f"Journal {paths.journal}\nThe same command with --force goes on from there.", command=True)
     here.note(f"Next: {_compare_command(params, paths)}", command=True)
-    _hold_gate(record, params["max_drop"])
+    if record["guarantee"] is None:
+        _hold_gate(record, params["max_drop"])
+
+
+def _say_recovery(record: dict[str, Any]) -> None:
+    found = record["recovery"]
+    if found is None:
+        return
+    refitted = sum(layer["method"] != "kept" for layer in found["layers"])
+    terminal().note(
+        f"Recovered ({found['method']}) on {found['samples']} samples: {refitted} of {len(found['layers'])} layers "
+        f"changed; distance of the outputs to the original's on held-back samples {found['before']:.3g} -> "
+        f"{found['after']:.3g}."
+    )
+    if found["kept"]:
+        terminal().warn("Recovery made the whole no better on held-back samples, so the weights stayed as they were.")
+
+
+def _say_latency(record: dict[str, Any]) -> None:
+    found = record["latency"]
+    if found is None:
+        return
+    low, high = found["interval"]
+    text = (
+        f"Latency {found['measured']:.2f} of the original's [{low:.2f}, {high:.2f}], predicted "
+        f"{found['predicted']:.2f}, target {found['target']:g}"
+    )
+    if found["met"]:
+        terminal().note(f"{text}.")
+        return
+    terminal().warn(
+        f"{text}: not reached. What was measured may be noise on a busy machine; else allow a larger --max-drop, take "
+        "--scope global, or a lower --target-latency."
+    )
+
+
+def _say_promise(record: dict[str, Any]) -> None:
+    found = record["guarantee"]
+    if found is None:
+        return
+    held, passed = found["split"]["held"]["samples"], [test for test in found["tests"] if test["passed"]]
+    limit = f"a drop below {found['max_drop']:g} with confidence {found['confidence']:g}"
+    if not passed:
+        terminal().warn(
+            f"No model of the path passed the test for {limit} on {held} untouched images. Give more images, allow a "
+            "larger --max-drop, or ask for less confidence."
+        )
+        return
+    last = passed[-1]
+    terminal().note(
+        f"Guaranteed: {limit}, for data like --data. On {held} untouched images the drop is {last['drop']:.4f} "
+        f"({last['lost']} lost, {last['won']} won), p = {last['p']:.2g}; {len(found['tests'])} models were tested."
+    )
 
 
 def _hold_gate(record: dict[str, Any], max_drop: float | None) -> None:
@@ -174,6 +231,8 @@ def _hold_gate(record: dict[str, Any], max_drop: float | None) -> None:
 
 
 def _nothing_removed(record: dict[str, Any]) -> str:
+    if record["stopped"] == "guarantee":
+        return "Nothing was removed: OUT equals the original."
     if record["stopped"] == "max_drop":
         return (
             "Nothing was removed: the first step would cost more than --max-drop allows"

@@ -146,13 +146,14 @@ def open_provider(params: Mapping[str, Any]) -> Provider:
     return found
 
 
-def open_data(params: Mapping[str, Any], model: Model, path: str | None = None) -> Dataset:
+def open_data(params: Mapping[str, Any], model: Model, path: str | None = None, *, labelled: bool = True) -> Dataset:
     """The data set of ``--data`` as the flags describe it, fitted to the model's input.
 
     Args:
         params: Values of the data and preprocessing flags.
         model: Whose input the images become.
         path: Another data set (test data): ``--limit`` is not about it.
+        labelled: False where labels are not needed.
     """
     from onnxcar.data import open_dataset
     from onnxcar.preprocess import Preprocess
@@ -165,6 +166,7 @@ def open_data(params: Mapping[str, Any], model: Model, path: str | None = None) 
         label_offset=params["label_offset"],
         limit=params["limit"] if path is None else None,
         seed=params["seed"],
+        labelled=labelled,
         input_names=[i.name for i in inputs],
     )
     return data.for_input(inputs[0].shape if len(inputs) == 1 else None)
