@@ -62,6 +62,10 @@ class CarChooser:
         """Score of the network without `removed`."""
         return self._marks.mark(removed)
 
+    def step(self, removed: frozenset[int]) -> None:
+        """Told where the search stands."""
+        self._scorer.step(removed)
+
     def work(self, n_candidates: int) -> int:
         """Every candidate is looked at, if not to the end."""
         return n_candidates
@@ -89,6 +93,11 @@ class RankChooser:
     def mark(self, removed: frozenset[int]) -> Mark | None:
         """Score of the network without `removed`; None without data."""
         return self._marks.mark(removed)
+
+    def step(self, removed: frozenset[int]) -> None:
+        """Told where the search stands."""
+        if self._context.scorer is not None:
+            self._context.scorer.step(removed)
 
     def work(self, n_candidates: int) -> int:
         """One evaluation a step at most, except where the criterion looks at every candidate again."""

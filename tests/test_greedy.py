@@ -19,6 +19,7 @@ class Known:
     def __init__(self, cost: Sequence[int]) -> None:
         self.cost = cost
         self.asked: list[tuple[int, int]] = []
+        self.told: list[frozenset[int]] = []
         self.scored = 0
 
     def score(self, removed):
@@ -33,6 +34,9 @@ class Known:
     def mark(self, removed):
         self.scored += 1
         return self.score(removed)
+
+    def step(self, removed):
+        self.told.append(removed)
 
     def work(self, n_candidates):
         return n_candidates
@@ -359,3 +363,10 @@ def test_a_budget_is_what_bounds_the_cost_but_does_not_say_how_much_to_remove():
     assert not Stop(ratio=0.5, max_drop=0.01).budget
     assert not Stop(time_limit=60).budget
     assert not Stop().any
+
+
+def test_the_chooser_is_told_of_every_step_and_of_what_goes_back(space):
+    chooser = Known(COST)
+    path = search(space, Stop(max_drop=0.07), multiple=2, chooser=chooser)
+    assert chooser.told[:4] == [{1}, {1, 4}, {1, 4, 2}, {1, 4, 2, 0}]
+    assert chooser.told[-2:] == [path.groups | {11}, path.groups]

@@ -487,7 +487,7 @@ def test_scores_leave_flips_behind(make_model):
     assert reliability(scorer.base_correct, scorer.flips).stderr.shape == (len(left),)
 
 
-# --- all sites at once --------------------------------------------------------------------------------------------------
+# --- all sites at once ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

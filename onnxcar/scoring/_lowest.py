@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,7 @@ class Contest:
     removed: frozenset[int]
     k: int
     rank: dict[int, Rank]
-    saved: dict[int, int]
+    saved: Mapping[int, int]
     hints: dict[int, int]
     largest: int
     typical: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,7 @@ class Scorer:
         self._states: dict[tuple[int, ...], State] = {}
         self._scores: dict[frozenset[int], Score] = {}
         self._wide: Wide | None = None
+        self._shifts: dict[int, npt.NDArray[np.float32]] = {}  # what candidates did to margins when last run
         self._no_wide = not self.metric.additive
         #: Set where groups of all layers compete: networks are then scored by what such steps need anyway.
         self.all_sites = False
@@ -113,13 +114,16 @@ class Scorer:
         self.keep_losses = False  # four bytes for each candidate and image: only for who asks
         self.losses: dict[int, npt.NDArray[np.float32]] = {}
 
+    def step(self, removed: frozenset[int]) -> None:
+        """Told where a search stands; a scorer of one model has no use for it."""
+
     # --- whole networks -------------------------------------------------------------------------------------------
 
     def base(self, removed: Collection[int] = ()) -> Score:
         """Score of the network with the groups `removed` masked where they are read."""
         gone = frozenset(removed)
         if gone not in self._scores:
-            wide = self._open_wide() if self.all_sites and gone else None
+            wide = self._open_wide() if self.all_sites else None
             self._scores[gone] = self._whole(gone) if wide is None else self._of(wide.results(gone))
         return self._scores[gone]
 
@@ -208,6 +212,7 @@ class Scorer:
         k: int = 1,
         *,
         per_mac: bool = False,
+        saved: Mapping[int, int] | None = None,
     ) -> list[Pick]:
         """The k candidates of lowest importance, lowest first: what scoring all of them in full would give.
 
@@ -219,20 +224,22 @@ class Scorer:
             order_hint: Groups expected to be lowest, best first; saves work, changes nothing.
             k: How many.
             per_mac: Whether importances are taken per MAC saved.
+            saved: Candidate -> MACs that its removal saves, where they are not to be taken from the space.
         """
         gone = frozenset(removed)
         k = min(k, len(candidates))
         if k == 0:
             return []
-        rank = self._ranks(gone, candidates, per_mac)
-        saved = {group: self.space.saved_macs(group, gone) for group in candidates}
+        if saved is None:
+            saved = {group: self.space.saved_macs(group, gone) for group in candidates}
+        rank = self._ranks(gone, saved, per_mac)
         if not self.metric.additive:
             return self._lowest_in_full(gone, candidates, k, rank, saved)
         by_site = self._by_site(candidates)
         self.work.add(pairs=len(self.data) * len(candidates))
         hints = {group: i for i, group in enumerate(order_hint or ())}
         asked = Contest(gone, k, rank, saved, hints, self._judge.largest_cost, self._judge.typical_cost)
-        wide = self._open_wide() if sum(1 for key in by_site if key) > 1 else None
+        wide = self._open_wide() if self.all_sites else None
         if wide is not None:
             return [self._picked(runner, gone) for runner in wide.lowest(asked, by_site)]
         keys = list(by_site)
@@ -251,7 +258,7 @@ class Scorer:
         candidates: Sequence[int],
         k: int,
         rank: dict[int, Rank],
-        saved: dict[int, int],
+        saved: Mapping[int, int],
     ) -> list[Pick]:
         scores = self.score(removed, candidates)
         keys: dict[int, Key] = {}
@@ -268,11 +275,11 @@ class Scorer:
             self._scores[removed | {pick.group}] = pick.score
         return picks
 
-    def _ranks(self, removed: frozenset[int], candidates: Sequence[int], per_mac: bool) -> dict[int, Rank]:
+    def _ranks(self, removed: frozenset[int], saved: Mapping[int, int], per_mac: bool) -> dict[int, Rank]:
         if not per_mac:
-            return dict.fromkeys(candidates, Rank())
+            return dict.fromkeys(saved, Rank())
         base = self.base(removed).cost or 0
-        return {group: Rank(base, self.space.saved_macs(group, removed)) for group in candidates}
+        return {group: Rank(base, macs) for group, macs in saved.items()}
 
     # --- sites ----------------------------------------------------------------------------------------------------
 
@@ -291,9 +298,9 @@ class Scorer:
         foreign = frozenset(g for g in removed if not set(self._reads.get(g, ())) <= own)
         state = self._states.pop(key, None)
         if state is None or state.foreign != foreign:
-            shifts = {} if state is None else state.shifts
             site = open_site(self._rows_space, self._network, key, foreign, sample=self._sample)
-            state = State(site, foreign, self._judge, self._inputs, self._step, 1, self._pool, self.work, shifts=shifts)
+            state = State(site, foreign, self._judge, self._inputs, self._step, 1, self._pool, self.work)
+            state.shifts = self._shifts
             few = np.arange(min(4, len(self.data)), dtype=np.int64)
             state.each_bytes = max(1, site.load(self._inputs, few, len(few)).n_bytes // len(few))
             if site.shortcut is not None:
@@ -322,7 +329,24 @@ class Scorer:
             self._wide = Wide(
                 trunk, self._judge, self._inputs, self._step, self._pool, self.work, self._budget, self._rows_for
             )
+            self._wide.shifts.update(self._shifts)
+            self._shifts = self._wide.shifts
         return self._wide
+
+    def learn(self, other: Scorer, names: Mapping[int, int]) -> None:
+        """Take over what another scorer expects of candidates: it saves work and changes no answer.
+
+        Args:
+            other: A scorer on the same data.
+            names: Its groups -> these.
+        """
+        known = other._shifts
+        self._shifts.update({names[group]: shift for group, shift in known.items() if group in names})
+
+    def release(self) -> None:
+        """Let go of sessions and activations; the next question opens what it needs."""
+        self._states.clear()
+        self._wide = None
 
     def _rows_for(self, each_bytes: int) -> int:
         """Rows of a run whose cut values take so many bytes each."""
