@@ -43,6 +43,7 @@ _EXPORTS = {
     "compare": "comparison",
     "diagnose": "doctor",
     "evaluate": "scoring",
+    "explain": "explain",
     "from_proto": "model",
     "importance": "importances",
     "load": "model",
@@ -52,6 +53,7 @@ _EXPORTS = {
     "prune": "search",
     "remove": "surgery",
     "save": "model",
+    "sweep": "sweep",
     "verify": "surgery",
 }
 

@@ -84,6 +84,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "target_macs": Key("number"),
         "target_params": Key("number"),
         "target_latency": Key("number"),
+        "sweep": Key("numbers"),
         "guarantee": Key("number"),
         "time_limit": Key("amount"),
         "steps": Key("int"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from onnxcar.rules import analyze
 from onnxcar.runtime import resolve_provider
 from onnxcar.scope import Keep, fields, select_layers, vector_width, whole_layers
 from onnxcar.scoring import Score, Scorer
+from onnxcar.shrinking import Shrinking, every_groups
 from onnxcar.steps import Path as GreedyPath
 from onnxcar.steps import Stop
 
@@ -156,6 +158,13 @@ class Pruning:
             "guarantee": guarantee,
             "seed": seed,
         }
+        finisher = Finisher(space, on, data, metric, verify, recover, calibration, seed)
+        scorer = None
+        if data is not None:
+            models: dict[str, Any] = {}
+            if recover_every:
+                models = {"rebuild": finisher.rebuilt, "due": every_groups(recover_every)}
+            scorer = Shrinking(space, data, metric=metric, **models, **asdict(on))
         return cls(
             space=space,
             data=data,
@@ -169,11 +178,11 @@ class Pruning:
             layers=tuple(layers),
             exclude=tuple(exclude),
             dense=dense,
-            finisher=Finisher(space, on, data, metric, verify, recover, calibration, seed),
+            finisher=finisher,
             held=held,
             seed=seed,
             arguments=arguments,
-            scorer=None if data is None else on.scorer(space, data, metric),
+            scorer=scorer,
             started=started,
         )
 
@@ -261,6 +270,11 @@ class Pruning:
         """Score of the original on `data`."""
         return None if self.scorer is None else self.scorer.base(frozenset())
 
+    @cached_property
+    def test_base(self) -> Score | None:
+        """Score of the original on `test_data`."""
+        return self.on.evaluate(self.space.model, self.test_data, self.metric)
+
     def record(self, finished: Finished, path: GreedyPath | None, **more: Any) -> dict[str, Any]:
         """The record of one finished model; `write` completes path, hash and size of the result.
 
@@ -286,7 +300,7 @@ class Pruning:
             "seconds": 0.0,
             "base": records.score_entry(self.base),
             "final": records.score_entry(finished.score),
-            "test_base": records.score_entry(self.on.evaluate(model, self.test_data, metric)),
+            "test_base": records.score_entry(self.test_base),
             "test_final": records.score_entry(self.on.evaluate(finished.model, self.test_data, metric)),
             "criterion": "plan" if path is None else self.criterion.name,
             "recover": self.finisher.recover,

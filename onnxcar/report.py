@@ -24,6 +24,7 @@ __all__ = [
     "prune_tables",
     "score_table",
     "size",
+    "sweep_table",
     "value",
 ]
 
@@ -270,6 +271,18 @@ def prune_tables(record: Json, layers: Sequence[Json]) -> list[Table]:
             table.add_row(f"{record['metric']} on {where}", value(a), value(b), change)
     tables.append(table)
     return tables
+
+
+def sweep_table(result: Json) -> Table:
+    """Models of a sweep, the original first."""
+    table = _table("MACs asked for", "reached", "MACs", "params", "filters", result["metric"], "on test data", "model")
+    for row in result["points"]:
+        reached = "-" if row["reached"] is None else f"{row['reached']:.3f}"
+        sizes = (count(row["macs"]), count(row["params"]), "-" if row["filters"] is None else str(row["filters"]))
+        table.add_row(
+            f"{row['fraction']:g}", reached, *sizes, value(row["value"]), value(row["test_value"]), row["path"] or "-"
+        )
+    return table
 
 
 def comparison_tables(result: Json) -> list[Table | str]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from onnxcar.cli.border import InterruptedRunError
 from onnxcar.cli.command import Command
 from onnxcar.cli.later import later_options, refuse_later_values
 from onnxcar.cli.options import (
@@ -24,7 +23,8 @@ from onnxcar.cli.options import (
     test_data_option,
 )
 from onnxcar.cli.prune_result import Paths, advise, show, write_plan, write_run
-from onnxcar.cli.types import ALIGN, TIME, Count, Fraction
+from onnxcar.cli.prune_sweep import searched, sweep_models
+from onnxcar.cli.types import ALIGN, NUMBERS, TIME, Count, Fraction
 from onnxcar.cli.work import (
     check_model,
     need_data,
@@ -54,13 +54,17 @@ _SAME: tuple[str, ...] = (
     "norms",
     "recover",
     "recover_every",
-    "guarantee",
     "seed",
-    "plan",
     "verify",
     "threads",
     "batch_size",
 )
+
+
+def _fractions(ctx: click.Context, param: click.Parameter, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    if value is not None and not all(0 < x < 1 for x in value):
+        raise click.BadParameter("fractions of the MACs lie between 0 and 1: 0.9,0.7,0.5.", ctx, param)
+    return value
 
 
 @click.command("prune", cls=Command, short_help="Write a compact model.")
@@ -149,6 +153,14 @@ _SAME: tuple[str, ...] = (
 @option("--target-macs", section=_STOP, type=Fraction(), metavar="F", help="At this fraction of the MACs.")
 @option("--target-params", section=_STOP, type=Fraction(), metavar="F", help="At this fraction of the params.")
 @option("--target-latency", section=_STOP, type=Fraction(), metavar="F", help="At this fraction of the latency, here.")
+@option(
+    "--sweep",
+    section=_STOP,
+    type=NUMBERS,
+    callback=_fractions,
+    metavar="F,F,...",
+    help="A model at each of these fractions of the MACs, from one search, with a table and a plot.",
+)
 @option("--steps", section=_STOP, type=Count(), metavar="N", help="After N greedy steps.")
 @option(
     "--guarantee",
@@ -205,6 +217,9 @@ def command(**params: Any) -> None:
     check_model(params["model"])
     paths = Paths.of(params)
     _check_usage(params)
+    if params["sweep"] is not None:
+        sweep_models(params, paths, _arguments)
+        return
     paths.check(params)
     run = _search(params, paths.journal)
     if params["dry_run"]:
@@ -219,6 +234,7 @@ def command(**params: Any) -> None:
 def _check_usage(params: dict[str, Any]) -> None:
     """Combinations that no single flag can refuse."""
     _check_promise(params)
+    _check_sweep(params)
     if params["recover"] == "none":
         typed = click.get_current_context().get_parameter_source
         for name in ("recover_every", "calibration_data"):
@@ -230,7 +246,7 @@ def _check_usage(params: dict[str, Any]) -> None:
         need_data(params, f"--recover {params['recover']}")
     if params["data"] is not None:
         return
-    stops = [name for name in _STOPS if params[name] is not None]
+    stops = [name for name in (*_STOPS, "sweep") if params[name] is not None]
     if params["plan"] is not None:
         if params["max_drop"] is not None:
             need_data(params, "--max-drop")
@@ -244,6 +260,14 @@ def _check_usage(params: dict[str, Any]) -> None:
             "--target-macs 0.5, --target-params 0.5 or --steps N.",
             click.get_current_context(),
         )
+
+
+def _check_sweep(params: dict[str, Any]) -> None:
+    if params["sweep"] is None:
+        return
+    for name in ("plan", "dry_run", "guarantee", "target_macs"):
+        if params[name]:
+            raise click.UsageError(f"--sweep writes models of one path and takes no --{name.replace('_', '-')}.")
 
 
 def _check_promise(params: dict[str, Any]) -> None:
@@ -263,12 +287,16 @@ def _check_promise(params: dict[str, Any]) -> None:
 
 def _search(params: dict[str, Any], journal: Path | None) -> Run:
     """Everything up to the verified compact model in memory."""
-    from onnxcar.model import load
-    from onnxcar.progress import open_meter
     from onnxcar.search import prune
+
+    return searched(prune, journal, **_arguments(params), plan=params["plan"], guarantee=params["guarantee"])
+
+
+def _arguments(params: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the functions behind the command, everything opened; what is odd about them is said."""
+    from onnxcar.model import load
     from onnxcar.steps import Stop
 
-    here = terminal()
     model = load(params["model"])
     provider = open_provider(params)
     data = None if params["data"] is None else open_data(params, model)
@@ -276,26 +304,16 @@ def _search(params: dict[str, Any], journal: Path | None) -> Run:
     calibration = None if fitted is None else open_data(params, model, fitted, labelled=False)
     test = None if params["test_data"] is None else open_data(params, model, params["test_data"])
     _warn_of_overlap(data, test)
-    if journal is not None and journal.exists():
-        here.note(f"Going on from {journal}.")
-    meter = open_meter(here.err, "pruning", "evaluations", quiet=here.quiet)
-    try:
-        with meter:
-            run = prune(
-                model,
-                data,
-                stop=Stop(**{name: params[name] for name in _STOPS}),
-                test_data=test,
-                calibration_data=calibration,
-                provider=provider.name,
-                memory_bytes=params["memory"],
-                journal=journal,
-                progress=meter,
-                **{name: params[name] for name in _SAME},
-            )
-    except KeyboardInterrupt as exc:
-        raise InterruptedRunError(_how_to_go_on(meter.text, journal)) from exc
-    return run
+    return {
+        "model": model,
+        "data": data,
+        "stop": Stop(**{name: params[name] for name in _STOPS}),
+        "test_data": test,
+        "calibration_data": calibration,
+        "provider": provider.name,
+        "memory_bytes": params["memory"],
+        **{name: params[name] for name in _SAME},
+    }
 
 
 def _warn_of_overlap(data: Dataset | None, test: Dataset | None) -> None:
@@ -309,10 +327,3 @@ def _warn_of_overlap(data: Dataset | None, test: Dataset | None) -> None:
             f"{shared} of the {len(test)} samples of --test-data are among --data, too: filters are chosen on them, "
             "and the final numbers will be optimistic. Test on other samples."
         )
-
-
-def _how_to_go_on(text: str, journal: Path | None) -> str:
-    where = f" ({text})" if text else ""
-    if journal is not None and journal.exists():
-        return f"Interrupted{where}; no model was written. Start the same command again to go on from {journal}."
-    return f"Interrupted{where}; no file was written. Start the same command again to begin anew."
