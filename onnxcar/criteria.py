@@ -7,7 +7,7 @@ every architecture that the rules know. CAR is the one this project is about; th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from onnxcar import runtime
 from onnxcar.channels import ChannelSpace, Read
 from onnxcar.errors import DataError, PlanError
 from onnxcar.model import Model
+from onnxcar.recovery import Reconstruction
 
 if TYPE_CHECKING:
     from onnxcar.data import Dataset
@@ -42,6 +43,7 @@ class Context:
         provider: Execution provider of ONNX Runtime for activations.
         threads: Threads of a session, None = all cores.
         batch_bytes: Bound on the activations held at once.
+        memo: What a greedy criterion keeps from step to step; contexts made from one another share it.
     """
 
     data: Dataset | None = None
@@ -52,6 +54,7 @@ class Context:
     provider: str = "cpu"
     threads: int | None = None
     batch_bytes: int = 256 << 20
+    memo: dict[str, Any] = field(default_factory=dict)
 
     def asked(self, space: ChannelSpace) -> list[int]:
         """Ids of the groups an importance is wanted for, ascending."""
@@ -223,6 +226,22 @@ def function(space: ChannelSpace, context: Context) -> Importances:
     return out
 
 
+def reconstruction(space: ChannelSpace, context: Context) -> Importances:
+    """Rise of the outputs' squared distance to the original's if the group left and its readers were refitted.
+
+    What a refit makes up for costs nothing: made for `--recover least-squares`, and on its own (unrepaired) no measure
+    of what is lost. Asked again at every step. `recovery.Reconstruction` says how. Source: Hassibi and Stork 1993,
+    Second order derivatives for network pruning: optimal brain surgeon; for layers Dong et al. 2017, arXiv:1705.07565.
+    """
+    assert context.data is not None
+    if "reconstruction" not in context.memo:
+        context.memo["reconstruction"] = Reconstruction(
+            space, context.data, provider=context.provider, threads=context.threads, seed=context.seed
+        )
+    held: Reconstruction = context.memo["reconstruction"]
+    return held.importances(context.removed)
+
+
 def random(space: ChannelSpace, context: Context) -> Importances:
     """Uniform in [0, 1), by `seed` alone."""
     return np.random.default_rng(context.seed).random(len(space.groups))
@@ -239,6 +258,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("variance", variance, needs_data=True, source="10.1109/ACCESS.2015.2494536"),
         Criterion("apoz", apoz, needs_data=True, source="arXiv:1607.03250"),
         Criterion("function", function, needs_data=True, source="arXiv:1810.07322"),
+        Criterion("reconstruction", reconstruction, needs_data=True, greedy=True, source="arXiv:1705.07565"),
         Criterion("random", random),
     )
 }

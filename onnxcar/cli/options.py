@@ -31,7 +31,7 @@ __all__ = [
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # Written out so that --help imports neither numpy nor the tables; a test compares them with the tables.
-CRITERIA = ("car", "class-car", "l1", "l2", "outgoing", "variance", "apoz", "function", "random")
+CRITERIA = ("car", "class-car", "l1", "l2", "outgoing", "variance", "apoz", "function", "reconstruction", "random")
 LATER_CRITERIA: tuple[str, ...] = ()
 PRESETS = ("imagenet", "cifar10", "mnist", "tf", "unit", "raw")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from onnxcar.channels import ChannelSpace
 from onnxcar.facts import attribute, uses
 from onnxcar.model import Model
 from onnxcar.recovery._patches import Array, Window
+from onnxcar.runtime import constants
 from onnxcar.surgery import Plan
 
 WEIGHT = 1  # input of every linear layer that holds its weights
@@ -127,6 +129,10 @@ class Linear:
         """Channel axis of the output: 1, or the last of a dense layer's."""
         return 1 if self.window is not None else -1
 
+    def positions(self, shape: Sequence[int]) -> int:
+        """Positions of an output of this shape in one sample."""
+        return int(np.prod([n for a, n in enumerate(shape) if a not in (0, self.axis % len(shape))], dtype=np.int64))
+
     def matrix(self, weights: Array) -> Array:
         """Weights as (blocks, inputs, filters of a block), float64."""
         w = np.asarray(weights, np.float64)
@@ -192,11 +198,13 @@ class Graph:
     """Look-ups in a compact model."""
 
     def __init__(self, space: ChannelSpace, plan: Plan, compact: Model) -> None:
+        """Look at a compact model; with its own plan of groups that might go, at the original itself."""
         self.model = compact
         self.graph = compact.proto.graph
         self.users = uses(self.graph)
         self.outputs = {o.name for o in self.graph.output}
         self.initializers: dict[str, onnx.TensorProto] = {t.name: t for t in self.graph.initializer}
+        self.constants = constants(compact.proto)
         self.producer = {o: i for i, n in enumerate(self.graph.node) for o in n.output if o}
         self.opset = space.facts.opset
         self.direct = _readers(space, plan)
@@ -269,7 +277,7 @@ def _linear(graph: Graph, i: int, node: onnx.NodeProto) -> Linear | str:
     weight = graph.tensor(name)
     if weight is None:
         made = graph.producer.get(name)
-        if made is None or node.input[0] not in graph.dirty or name in graph.dirty:
+        if made is None or name not in graph.constants:
             return "it multiplies two activations"
         return f"its weights come out of a {graph.graph.node[made].op_type}"
     if weight.data_type not in FLOATS:

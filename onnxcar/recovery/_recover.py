@@ -166,7 +166,7 @@ class _Work:
         need = 3 * 8 * (layer.inputs + 1) ** 2 * layer.blocks
         if self.method == "least-squares" and need > self.memory:
             return f"its {layer.inputs:,} inputs take normal equations of {need / 2**30:.1f} GiB, more than --memory"
-        positions = np.arange(min(self._positions(y.shape, layer), 64))
+        positions = np.arange(min(layer.positions(y.shape), 64))
         x = self._rows(layer, new[layer.input], y.shape, positions)
         weights = self.graph.floats(layer.weight)
         assert weights is not None
@@ -203,12 +203,6 @@ class _Work:
 
     def _chunk(self) -> int:
         return max(1, self.memory // 4 // max(getattr(self, "sample_bytes", 1), 1))
-
-    @staticmethod
-    def _positions(shape: tuple[int, ...], layer: Linear) -> int:
-        """Positions of a layer's output in one sample."""
-        rest = [n for a, n in enumerate(shape) if a not in (0, layer.axis % len(shape))]
-        return int(np.prod(rest, dtype=np.int64))
 
     def _rows(self, layer: Linear, x: Array, outer: tuple[int, ...], positions: Array) -> Array:
         if layer.window is None:
@@ -303,8 +297,8 @@ class _Work:
 
     def _at(self, layer: Linear, i: int, c: int, shape: tuple[int, ...]) -> Array:
         if self.method == "bias" and not self.samples.held(c):
-            return np.arange(self._positions(shape, layer))  # a mean needs no memory
-        return self.samples.positions(i, c, self._positions(shape, layer), self._wanted(layer, shape))
+            return np.arange(layer.positions(shape))  # a mean needs no memory
+        return self.samples.positions(i, c, layer.positions(shape), self._wanted(layer, shape))
 
     def _outer(self, layer: Linear, n: int) -> tuple[int, ...]:
         return (n, *self.shapes[layer.output][1:])

@@ -49,10 +49,14 @@ class Samples:
 
     def positions(self, layer: int, chunk: int, total: int, wanted: int) -> Indices:
         """Which positions of a layer's output are looked at in a chunk, ascending: drawn by seed, layer and chunk."""
-        if wanted >= total:
-            return np.arange(total, dtype=np.int64)
-        rng = np.random.default_rng([self.seed, layer, chunk])
-        return np.sort(rng.choice(total, wanted, replace=False)).astype(np.int64)
+        return draw(self.seed, layer, chunk, total, wanted)
+
+
+def draw(seed: int, layer: int, chunk: int, total: int, wanted: int) -> Indices:
+    """`wanted` of `total` positions, ascending; all where there are no more."""
+    if wanted >= total:
+        return np.arange(total, dtype=np.int64)
+    return np.sort(np.random.default_rng([seed, layer, chunk]).choice(total, wanted, replace=False)).astype(np.int64)
 
 
 def deal(data: Dataset, seed: int, size: int, *, whole: bool = False) -> Samples:

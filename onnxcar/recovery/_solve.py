@@ -58,6 +58,10 @@ class Normal:
         """Variance of the targets, summed over filters: what an error is measured against."""
         return float(np.maximum(self.tt - np.square(self.t) / max(self.n, 1), 0).sum()) / max(self.n, 1)
 
+    def centred(self) -> Array:
+        """Sums of products of the inputs less their means, (blocks, d, d)."""
+        return np.asarray(self.xx - self.x[:, :, None] * self.x[:, None, :] / max(self.n, 1))
+
     def bias(self, weights: Array) -> Array:
         """The best bias for these weights, (blocks, m)."""
         return (self.t - (self.x[:, None, :] @ weights)[:, 0]) / max(self.n, 1)
@@ -69,7 +73,7 @@ class Normal:
         """
         if np.isinf(ridge):
             return near
-        gram = self.xx - self.x[:, :, None] * self.x[:, None, :] / max(self.n, 1)
+        gram = self.centred()
         right = self.xt - self.x[:, :, None] * self.t[:, None, :] / max(self.n, 1) - gram @ near
         out = near.copy()
         d = gram.shape[1]

@@ -7,14 +7,13 @@ they fit; else the run starts again from the last place where they did.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
 
 from onnxcar.model import Model
 from onnxcar.recovery._patches import Array
-from onnxcar.runtime import Network, constants, extract, graph_inputs, session, uses, value_types
+from onnxcar.runtime import Network, Session, constants, extract, graph_inputs, session, uses, value_types
 
 Inputs = Callable[[int], dict[str, Array]]  # network inputs of a chunk
 
@@ -69,8 +68,16 @@ class Stream:
         if keep is not None:
             self._held, self._start = keep, alive
 
-    def _session(self, made: Sequence[str]) -> Any:
-        part = extract(self.proto, self._start, made, self._types)
+    def outputs(self, proto: onnx.ModelProto, names: Sequence[str]) -> Iterator[dict[str, Array]]:
+        """Values `names` of each chunk in another network, which is the same up to where this one stands."""
+        runner = self._session(names, proto)
+        for c in range(self._n):
+            given = self._held[c] if self._held is not None else self._inputs(c)
+            feeds = {i.name: given[i.name] for i in runner.inputs}
+            yield dict(zip(names, runner.run(feeds, names), strict=True))
+
+    def _session(self, made: Sequence[str], proto: onnx.ModelProto | None = None) -> Session:
+        part = extract(self.proto if proto is None else proto, self._start, made, self._types)
         used = {x for node in part.graph.node for x in uses(node)}
         kept = [i for i in part.graph.input if i.name in used]
         del part.graph.input[:]
