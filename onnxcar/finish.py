@@ -14,7 +14,7 @@ from onnxcar import surgery
 from onnxcar.channels import ChannelSpace
 from onnxcar.model import Model
 from onnxcar.recovery import Recovered, recover
-from onnxcar.scoring import Score, Scorer, evaluate
+from onnxcar.scoring import Score, evaluate
 from onnxcar.surgery import Plan, Verified
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ class RunOn:
     threads: int | None
     batch_size: int | None
     memory_bytes: int | None
-
-    def scorer(self, space: ChannelSpace, data: Dataset, metric: str) -> Scorer:
-        """Who scores candidates on some data."""
-        return Scorer(space, data, metric=metric, **asdict(self))
 
     def evaluate(self, model: Model, data: Dataset | None, metric: str) -> Score | None:
         """Score of a whole model; None without data."""
