@@ -44,6 +44,7 @@ _EXPORTS = {
     "diagnose": "doctor",
     "evaluate": "scoring",
     "explain": "explain",
+    "explain": "explain",
     "from_proto": "model",
     "importance": "importances",
     "load": "model",

@@ -27,6 +27,7 @@ INTERFACE = {
     "score": f"{DATA} --criterion --by-class",
     "compare": f"{DATA} --test-data --max-drop --min-score --max-latency-ratio",
     "inspect": "--json --groups --norms --config --quiet --traceback",
+    "explain": f"{DATA} -o --layers --exclude --plan --scores --no-car",
     "doctor": "--json --quiet --traceback",
 }
 

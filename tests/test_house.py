@@ -42,9 +42,9 @@ FLOORS = [
     {"choosers", "shrinking", "importances"},
     {"finish"},
     {"pruning"},
+    {"pages"},
     {"search", "sweep", "comparison", "doctor", "explain"},
     {"report", "plots"},
-    {"pages"},
     {"cli"},
     {"__main__"},
 ]
@@ -60,6 +60,7 @@ MAY_NAME_OPERATORS = {
     "_judge",
     "scoring",
     "metrics",
+    "interpret",
 }
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "score": "Importance of every group by a criterion; removes nothing.",
     "evaluate": "The metrics of one model on a data set.",
     "compare": "Accuracy, agreement, size, MACs and latency side by side; gates.",
+    "explain": "What each filter does: pictures, classes, colour, redundancy; HTML.",
     "doctor": "Versions, providers, what would make the GPU work.",
 }
 

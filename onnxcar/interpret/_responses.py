@@ -17,6 +17,7 @@ import onnx
 from onnxcar import runtime
 from onnxcar.channels import ChannelSpace, Layer
 from onnxcar.interpret._fields import Field, receptive_fields
+from onnxcar.interpret._kernels import image_kernels
 from onnxcar.interpret._pictures import Look, look
 from onnxcar.interpret._similar import correlation
 from onnxcar.model import Model
@@ -55,6 +56,7 @@ class LayerResponses:
         products: Sums of products of pooled responses, (filters, filters).
         sums: Sums of pooled responses.
         n: How many pooled values were summed.
+        kernels: The filters as pixels (filters, h, w, 3), red first, where they read the image itself; else None.
     """
 
     layer: Layer
@@ -73,6 +75,7 @@ class LayerResponses:
     products: Floats | None = None
     sums: Floats | None = None
     n: int = 0
+    kernels: Floats | None = None
 
     @property
     def dead(self) -> npt.NDArray[np.bool_]:
@@ -217,6 +220,7 @@ def responses(
             progress.update(int(at[-1]) + 1, total)
     for state in found:
         n_images = len(data)
+        state.kernels = image_kernels(space, state.layer, seen, fields)
         state.mean, state.size = state.mean / n_images, state.size / n_images
         if len(classes):
             state.class_mean /= np.bincount(np.asarray(rows), minlength=len(classes))[:, None]
