@@ -43,8 +43,7 @@ _EXPORTS = {
     "compare": "comparison",
     "diagnose": "doctor",
     "evaluate": "scoring",
-    "explain": "explain",
-    "explain": "explain",
+    "explain": "explanation",
     "from_proto": "model",
     "importance": "importances",
     "load": "model",
@@ -54,6 +53,7 @@ _EXPORTS = {
     "prune": "search",
     "remove": "surgery",
     "save": "model",
+    "sensitivity": "sensitivity",
     "sweep": "sweep",
     "verify": "surgery",
 }

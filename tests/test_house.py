@@ -43,7 +43,7 @@ FLOORS = [
     {"finish"},
     {"pruning"},
     {"pages"},
-    {"search", "sweep", "comparison", "doctor", "explain"},
+    {"search", "sweep", "sensitivity", "comparison", "doctor", "explanation"},
     {"report", "plots"},
     {"cli"},
     {"__main__"},

@@ -78,7 +78,7 @@ def command(**params: Any) -> None:
     \b
     onnxcar explain model.onnx --data images --preprocess imagenet -o explained
     """  # noqa: D301 - click reads \b
-    from onnxcar.explain import explain, read_removed, read_scores
+    from onnxcar.explanation import explain, read_removed, read_scores
     from onnxcar.model import load
     from onnxcar.progress import open_meter
 

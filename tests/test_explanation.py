@@ -11,7 +11,7 @@ import pytest
 
 import onnxcar as car
 from onnxcar.errors import DataError, PlanError
-from onnxcar.explain import explain, read_removed, read_scores
+from onnxcar.explanation import explain, read_removed, read_scores
 from onnxcar.pages._html import data_block
 from onnxcar.pages._sheets import pack
 from tests import known_net
