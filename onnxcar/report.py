@@ -23,6 +23,7 @@ __all__ = [
     "protected_table",
     "prune_tables",
     "score_table",
+    "sensitivity_table",
     "size",
     "sweep_table",
     "value",
@@ -271,6 +272,18 @@ def prune_tables(record: Json, layers: Sequence[Json]) -> list[Table]:
             table.add_row(f"{record['metric']} on {where}", value(a), value(b), change)
     tables.append(table)
     return tables
+
+
+def sensitivity_table(result: Json) -> Table:
+    """A line for each layer, a column for each ratio."""
+    ratios = [point["ratio"] for point in result["layers"][0]["points"]] if result["layers"] else []
+    table = _table("layer", "filters", *(f"{ratio:g}" for ratio in ratios))
+    for layer in result["layers"]:
+        table.add_row(layer["layer"], str(layer["filters"]), *(f"{p['value']:.3f}" for p in layer["points"]))
+    table.caption = (
+        f"{result['metric']} with that fraction of one layer removed; whole network {value(result['base']['value'])}"
+    )
+    return table
 
 
 def sweep_table(result: Json) -> Table:

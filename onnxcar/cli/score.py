@@ -82,12 +82,28 @@ _FEW = 10  # samples of a class below which its mean loss change says little
 @option(
     "--top-classes", section=_WHAT, type=Count(), default=3, metavar="K", help="Classes to name a group.  [default: 3]"
 )
+@option(
+    "--by-layer",
+    section=_WHAT,
+    is_flag=True,
+    help="The score against the part of each layer that is removed, 0.1 to 0.9, lowest importance first.",
+)
+@option(
+    "--plot", section="Output", type=click.Path(path_type=Path), metavar="FILE", help="With --by-layer: PNG or SVG."
+)
 @data_options
 @metric_option
 @json_option
 @runtime_options
 @general_options
-def command(by_class: bool, class_groups: Path | None, top_classes: int, **params: Any) -> None:
+def command(
+    by_class: bool,
+    class_groups: Path | None,
+    top_classes: int,
+    by_layer: bool,
+    plot: Path | None,
+    **params: Any,
+) -> None:
     """Importance of every group of MODEL by a criterion, least important first; removes nothing.
 
     --json FILE.csv writes one line a group.
@@ -101,6 +117,15 @@ def command(by_class: bool, class_groups: Path | None, top_classes: int, **param
     from onnxcar.progress import open_meter
 
     check_model(params["model"])
+    if plot is not None and not by_layer:
+        raise click.UsageError("--plot draws what --by-layer measures. Give both.")
+    if by_layer:
+        if by_class or class_groups is not None:
+            raise click.UsageError("--by-layer and --by-class are two questions. Ask one at a time.")
+        from onnxcar.cli.score_layers import by_layer as measure_layers
+
+        measure_layers(params, plot)
+        return
     groups = None if class_groups is None else read_class_groups(class_groups)
     by_class = by_class or groups is not None
     if by_class and params["criterion"] not in ("car", "class-car"):
