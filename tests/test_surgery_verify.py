@@ -112,3 +112,28 @@ def test_nan_where_the_original_has_nan_is_equal():
     space = analyze(net.model(y))
     plan = Plan([2])
     assert verify(space, plan, remove(space, plan)).max_rel_error < 1e-5
+
+
+def as_type(model, kind):
+    """The model with all floats of another type."""
+    proto = onnx.ModelProto.FromString(model.proto.SerializeToString())
+    for t in proto.graph.initializer:
+        if t.data_type == onnx.TensorProto.FLOAT:
+            values = numpy_helper.to_array(t).astype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+            t.CopyFrom(numpy_helper.from_array(values, t.name))
+    for v in (*proto.graph.input, *proto.graph.output):
+        v.type.tensor_type.elem_type = kind
+    return model.with_proto(proto)
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE], ids=["bfloat16", "double"])
+def test_a_type_without_kernels_is_compared_in_single_precision(kind):
+    net = Net(opset=22)
+    a = net.op("Relu", net.conv(net.input(), 6))
+    space = analyze(as_type(net.model(net.head(net.op("Relu", net.conv(a, 6)))), kind))
+    plan = Plan([1, 4])
+    pruned = remove(space, plan)
+    assert {t.data_type for t in pruned.proto.graph.initializer if len(t.dims) == 4} == {kind}
+    assert verify(space, plan, pruned).max_rel_error < 1e-5
+    with pytest.raises(InternalError, match="differs"):
+        verify(space, plan, remove(space, Plan([1, 3])))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from onnxcar._tensors import copy_without_weights, embed, is_external, n_bytes, raw_bytes
+from onnxcar._tensors import all_tensors, copy_without_weights, embed, is_external, n_bytes, raw_bytes, subgraphs
 from onnxcar.errors import ModelError
-from onnxcar.model import Model
+from onnxcar.model import LAZY_BYTES, Model
 
 _LENT_BYTES = 65536  # larger weights are lent to ONNX Runtime, not copied into the protobuf that it parses
 _REFERENCE_BYTES = 2**25  # networks up to here also run in onnx's reference evaluator, which is slow
@@ -47,6 +48,11 @@ def outputs(
         return _in_runtime(proto, weights, feeds, names)
     except Exception as exc:
         line = str(exc).strip().splitlines()[0][:300]
+        refused = "NOT_IMPLEMENTED" in line or "INVALID_GRAPH" in line
+        if refused and weights.n_bytes <= LAZY_BYTES and (single := _in_single(proto, weights)) is not None:
+            given = {name: _single(value) for name, value in feeds.items()}
+            with contextlib.suppress(Exception):  # it was a try: the other ways, and the first reason, remain
+                return _in_runtime(copy_without_weights(single), Model(single, ""), given, names)
         if "NOT_IMPLEMENTED" in line and weights.n_bytes <= _REFERENCE_BYTES:
             return _in_reference(proto, weights, feeds, names, what)
         raise ModelError(f"ONNX Runtime cannot run {what}: {line}. Check that the original runs there.") from exc
@@ -95,20 +101,75 @@ def _in_runtime(
     return list(session.run(names, dict(feeds)))
 
 
+_WIDE = (onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16)
+
+
+def _in_single(proto: onnx.ModelProto, weights: Model) -> onnx.ModelProto | None:
+    """The network in single precision; None if nothing in it is of another.
+
+    ONNX Runtime's CPU kernels know few operators in double precision or bfloat16. Which channels a file has does not
+    depend on the precision, so that both sides of a comparison may run in another.
+    """
+    made = _whole(proto, weights)
+    changed = [_to_single(t) for t in all_tensors(made)]
+    for graph in _graphs_of(made.graph):
+        changed += [_value_to_single(v) for v in (*graph.input, *graph.output)]
+        del graph.value_info[:]
+        for node in graph.node:
+            for a in node.attribute:
+                if a.name in ("to", "dtype", "output_dtype") and a.i in _WIDE:
+                    a.i = onnx.TensorProto.FLOAT
+                    changed.append(True)
+    return made if any(changed) and not made.functions else None
+
+
+def _to_single(tensor: onnx.TensorProto) -> bool:
+    if tensor.data_type not in _WIDE or is_external(tensor):
+        return False
+    values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    return True
+
+
+def _value_to_single(value: onnx.ValueInfoProto) -> bool:
+    if value.type.tensor_type.elem_type not in _WIDE:
+        return False
+    value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    return True
+
+
+def _single(value: Any) -> Any:
+    return value.astype(np.float32) if value.dtype.name in ("float64", "float16", "bfloat16") else value
+
+
+def _graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and those inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for a in node.attribute:
+            for inner in subgraphs(a):
+                yield from _graphs_of(inner)
+
+
+def _whole(proto: onnx.ModelProto, weights: Model) -> onnx.ModelProto:
+    """The structure with the model's own weights in it, what `proto` holds itself first."""
+    full = onnx.ModelProto()
+    full.CopyFrom(proto)
+    lent = {t.name: t for t in weights.held().proto.graph.initializer}
+    held = {t.name for t in full.graph.initializer}
+    full.graph.initializer.extend(t for name, t in lent.items() if name not in held)
+    for t in full.graph.initializer:
+        if is_external(t):
+            t.CopyFrom(lent[t.name])
+    return full
+
+
 def _in_reference(
     proto: onnx.ModelProto, weights: Model, feeds: Mapping[str, Any], names: list[str], what: str
 ) -> list[npt.NDArray[Any]]:
     from onnx.reference import ReferenceEvaluator
 
-    full = onnx.ModelProto()
-    full.CopyFrom(proto)
-    held = {t.name for t in full.graph.initializer}
-    whole = weights.held().proto
-    full.graph.initializer.extend(t for t in whole.graph.initializer if t.name not in held)
-    lent = {t.name: t for t in whole.graph.initializer}
-    for t in full.graph.initializer:
-        if is_external(t):
-            t.CopyFrom(lent[t.name])
+    full = _whole(proto, weights)
     try:
         return [np.asarray(x) for x in ReferenceEvaluator(full).run(names, dict(feeds))]
     except Exception as exc:
