@@ -6,6 +6,7 @@ so its interval is far narrower than those of the two scores.
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -178,6 +179,31 @@ class Comparison:
             "gates": [vars(gate) for gate in self.gates],
             "passed": self.passed,
         }
+
+    def to_html(
+        self,
+        path: str | pathlib.Path,
+        *,
+        record: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        command: str | None = None,
+    ) -> pathlib.Path:
+        """Write the comparison as one self-contained page, pictures of the samples that changed included.
+
+        Args:
+            path: Of the file; replaced where it exists.
+            record: Of the pruning that made the candidate: adds the path of the search.
+            context: Provenance to show besides names and hashes: ``provider``, ``threads``, ``optimistic``.
+            command: That makes the page again.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        from onnxcar import pages
+        from onnxcar.record import data_entry
+
+        known = {"data": data_entry(self.data), "optimistic": False, **(context or {})}
+        return pages.write(pages.comparison(self, record=record, context=known, command=command), path)
 
 
 def compare(

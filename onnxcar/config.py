@@ -106,7 +106,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "max_latency_ratio": Key("number"),
         "runs": Key("int"),
         "json": Key(place="path or -"),
-        "report": Key(place="path"),
+        "html": Key(place="path"),
     },
 }
 

@@ -25,7 +25,7 @@ INTERFACE = {
     "prune": f"{DATA} {PRUNE}",
     "evaluate": f"{DATA} --test-data",
     "score": f"{DATA} --criterion --by-class",
-    "compare": f"{DATA} --test-data --max-drop --min-score --max-latency-ratio",
+    "compare": f"{DATA} --test-data --max-drop --min-score --max-latency-ratio --html",
     "inspect": "--json --groups --norms --config --quiet --traceback",
     "explain": f"{DATA} -o --layers --exclude --plan --scores --no-car",
     "doctor": "--json --quiet --traceback",
@@ -57,7 +57,6 @@ def test_flags_of_the_interface_document_are_those_of_this_test():
 
 def test_every_flag_that_is_not_built_is_refused_with_its_value():
     refused = [(c, flag) for c, table in LATER.items() for flag in table]
-    assert refused
     for command, flag in refused:
         arguments = ["m.onnx", "n.onnx"] if command == "compare" else ["m.onnx"]
         result = CliRunner().invoke(app, [command, *arguments, flag, "0.5"])

@@ -19,7 +19,7 @@ class Opt(click.Option):
 
 
 #: What one command writes; set in a table that several commands read, it is meant for the table's own command.
-_OUTPUTS = frozenset({"output", "force", "json", "report", "journal"})
+_OUTPUTS = frozenset({"output", "force", "json", "report", "html", "journal"})
 
 
 class Command(click.Command):

@@ -22,12 +22,14 @@ from onnxcar.cli.options import (
 from onnxcar.cli.types import NUMBER, Count, Fraction
 from onnxcar.cli.work import (
     check_model,
+    check_outputs,
     header,
     json_target,
     need_data,
     open_provider,
     open_reported,
     terminal,
+    this_command,
     write_json,
 )
 
@@ -62,6 +64,13 @@ _GATES = "Gates (exit 3 where a candidate does not meet one)"
 @metric_option
 @json_option
 @option(
+    "--html",
+    section="Output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write an HTML page; pictures of samples that changed are in it.",
+)
+@option(
     "--runs",
     section="Running",
     type=Count(0),
@@ -95,6 +104,8 @@ def command(base: Path, candidates: tuple[Path, ...], **params: Any) -> None:
     paths = [base, *candidates]
     json_to = params["json"]
     json_target(json_to, paths)
+    if params["html"] is not None:
+        check_outputs([params["html"]], force=True, inputs=paths)
     models = {name: load(path) for name, path in zip(_names(paths), paths, strict=True)}
     provider = open_provider(params)
     first = next(iter(models.values()))
@@ -114,6 +125,8 @@ def command(base: Path, candidates: tuple[Path, ...], **params: Any) -> None:
         )
     result = {**header("compare"), **_context(params, provider.name, data), **found.to_dict()}
     write_json(result, json_to)
+    if params["html"] is not None:
+        found.to_html(params["html"], context=result, command=this_command())
     if json_to != "-":
         here.data(*report.comparison_tables(result))
     if result["optimistic"]:

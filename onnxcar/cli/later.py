@@ -18,9 +18,7 @@ __all__ = ["LATER", "LATER_VALUES", "later_options", "refuse_later_values"]
 LATER: Mapping[str, Mapping[str, str]] = {
     "prune": {
         "--classes": "specialising a network to some classes",
-        "--report": "the HTML report",
     },
-    "compare": {"--report": "the HTML report"},
 }
 
 #: Flag -> values of it that are known and not built; the other values work.

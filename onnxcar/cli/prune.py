@@ -22,6 +22,7 @@ from onnxcar.cli.options import (
     runtime_options,
     test_data_option,
 )
+from onnxcar.cli.prune_report import check_report, write_report
 from onnxcar.cli.prune_result import Paths, advise, show, write_plan, write_run
 from onnxcar.cli.prune_sweep import searched, sweep_models
 from onnxcar.cli.types import ALIGN, NUMBERS, TIME, Count, Fraction
@@ -203,6 +204,13 @@ def _fractions(ctx: click.Context, param: click.Parameter, value: tuple[float, .
     default=True,
     help="Pruned output = masked original, else nothing is written.  [default: verify]",
 )
+@option(
+    "--report",
+    section=_OUT,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write an HTML page of the search and of both models into DIR.",
+)
 @json_option
 @runtime_options
 @later_options("prune")
@@ -221,6 +229,7 @@ def command(**params: Any) -> None:
         sweep_models(params, paths, _arguments)
         return
     paths.check(params)
+    check_report(params["report"], force=params["force"])
     run = _search(params, paths.journal)
     if params["dry_run"]:
         write_plan(run, paths.plan, params)
@@ -228,6 +237,8 @@ def command(**params: Any) -> None:
     written = write_run(run, paths, params)
     if params["json"] != "-":
         show(run, written)
+    if params["report"] is not None:
+        write_report(run, written, params)
     advise(written, params, paths)
 
 

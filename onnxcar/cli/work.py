@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "open_reported",
     "read_class_groups",
     "terminal",
+    "this_command",
     "write_json",
     "write_text",
 ]
@@ -120,6 +122,11 @@ def header(command: str) -> dict[str, Any]:
     from onnxcar import __version__, record
 
     return {"onnxcar": __version__, "schema": record.SCHEMA, "command": command}
+
+
+def this_command() -> str:
+    """The command line that runs, to be copied."""
+    return shlex.join(["onnxcar", *sys.argv[1:]])
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------

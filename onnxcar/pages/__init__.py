@@ -7,5 +7,6 @@ holds a tag is text, twice over.
 
 from onnxcar.pages._explanation import explanation
 from onnxcar.pages._html import write
+from onnxcar.pages._report import comparison
 
-__all__ = ["explanation", "write"]
+__all__ = ["comparison", "explanation", "write"]
