@@ -274,6 +274,21 @@ def prune_tables(record: Json, layers: Sequence[Json]) -> list[Table]:
     return tables
 
 
+def recovery_tables(result: Json) -> list[Table]:
+    """How far each layer's outputs are from the original's, before and after; then the scores of ``recover``."""
+    layers = _table("layer", "refitted", "before", "after", "ridge")
+    for fit in result["recovery"]["layers"]:
+        numbers = ["-" if fit[key] is None else f"{fit[key]:.3g}" for key in ("before", "after", "ridge")]
+        layers.add_row(fit["node"], fit["method"] if not fit["reason"] else f"kept: {fit['reason']}", *numbers)
+    scores = _table("", "original", "pruned", "recovered")
+    on_data = "data (optimistic)" if result["optimistic"] else "data"
+    for prefix, where in (("", on_data), ("test_", "test data")):
+        if result[f"{prefix}final"] is not None:
+            values = [value(result[f"{prefix}{name}"]["value"]) for name in ("base", "pruned", "final")]
+            scores.add_row(f"{result['metric']} on {where}", *values)
+    return [layers, scores] if scores.row_count else [layers]
+
+
 def sensitivity_table(result: Json) -> Table:
     """A line for each layer, a column for each ratio."""
     ratios = [point["ratio"] for point in result["layers"][0]["points"]] if result["layers"] else []

@@ -26,6 +26,7 @@ INTERFACE = {
     "evaluate": f"{DATA} --test-data",
     "score": f"{DATA} --criterion --by-class",
     "compare": f"{DATA} --test-data --max-drop --min-score --max-latency-ratio --html",
+    "recover": f"{DATA} --test-data --like --method --plan -o --force",
     "inspect": "--json --groups --norms --config --quiet --traceback",
     "explain": f"{DATA} -o --layers --exclude --plan --scores --no-car",
     "doctor": "--json --quiet --traceback",

@@ -18,6 +18,7 @@ __all__ = ["COMMANDS", "app", "main"]
 #: Command -> its line in the help. The module `onnxcar.cli.<command>` holds a click command named `command`.
 COMMANDS = {
     "prune": "Choose filters, remove them, verify, write the compact model and its record.",
+    "recover": "Repair a pruned model from unlabelled images, without training.",
     "inspect": "Layers, filters, groups, params, MACs, what is protected and why.",
     "score": "Importance of every group by a criterion; removes nothing.",
     "evaluate": "The metrics of one model on a data set.",

@@ -1,0 +1,97 @@
+"""``onnxcar recover`` on the digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.test_cli import run
+
+DIGITS = Path(__file__).parents[1] / "models" / "digits"
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with small.onnx, the digits network at half, and its record."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--criterion", "l1", "--ratio", "0.5", "-o", "small.onnx", "--threads", "1", "--quiet"]
+    assert run("prune", str(DIGITS / "model.onnx"), *options).exit_code == 0
+    return tmp_path
+
+
+def repair(*more: str, model: str = "small.onnx", out: str = "out.onnx"):
+    config = ["--config", str(DIGITS / "onnxcar.toml"), "--threads", "1"]
+    return run("recover", model, "--like", str(DIGITS / "model.onnx"), *config, "-o", out, *more)
+
+
+def test_accuracy_comes_back_and_the_record_says_how(small: Path) -> None:
+    result = repair()
+    assert result.exit_code == 0, result.output
+    record = json.loads((small / "out.json").read_text())
+    assert record["test_pruned"]["value"] < 0.9 < 0.97 < record["test_final"]["value"]
+    assert record["recovery"]["after"] < record["recovery"]["before"] / 10
+    assert [f["method"] for f in record["recovery"]["layers"]] == ["least-squares"] * 3
+    assert record["plan_from"] == "plan"
+    assert record["optimistic"] is False
+    held = {p.key: p.value for p in onnx.load(small / "out.onnx").metadata_props}
+    assert held["onnxcar.recover"] == "least-squares"
+    assert json.loads(held["onnxcar.removed_filters"]) == record["removed"]
+    assert "0.98" in result.stdout
+    assert "3 of 3 layers changed" in result.stderr
+
+
+def test_what_is_gone_is_found_without_record_and_metadata(small: Path) -> None:
+    repair(out="known.onnx")
+    (small / "small.json").unlink()
+    proto = onnx.load(small / "small.onnx")
+    assert repair(out="told.onnx").exit_code == 0
+    del proto.metadata_props[:]
+    onnx.save(proto, small / "bare.onnx")
+    assert repair(model="bare.onnx", out="found.onnx").exit_code == 0
+    assert json.loads((small / "told.json").read_text())["plan_from"] == "metadata"
+    assert json.loads((small / "found.json").read_text())["plan_from"] == "weights"
+    weights = [
+        {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(small / name).graph.initializer}
+        for name in ("known.onnx", "told.onnx", "found.onnx")
+    ]
+    for name, value in weights[0].items():
+        assert np.array_equal(value, weights[1][name])
+        assert np.array_equal(value, weights[2][name])
+
+
+def test_labels_are_not_needed(small: Path) -> None:
+    images = np.load(DIGITS / "select.npz")
+    np.savez(small / "bare.npz", images=images["images"])
+    result = repair("--data", "bare.npz", "--method", "bias")
+    assert result.exit_code == 0, result.output
+    record = json.loads((small / "out.json").read_text())
+    assert record["final"] is None
+    assert record["test_final"]["value"] > record["test_pruned"]["value"]
+    assert record["recover"] == "bias"
+
+
+def test_the_record_is_a_plan(small: Path) -> None:
+    repair()
+    result = run("prune", str(DIGITS / "model.onnx"), "--plan", "out.json", "-o", "again.onnx", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    assert onnx.load(small / "again.onnx").graph.initializer[0] == onnx.load(small / "small.onnx").graph.initializer[0]
+
+
+def test_refusals(small: Path) -> None:
+    assert repair().exit_code == 0
+    again = repair()
+    assert again.exit_code == 1
+    assert "out.onnx exists" in again.stderr
+    assert repair("--force").exit_code == 0
+    assert run("recover", "small.onnx").exit_code == 2
+    assert run("recover", "small.onnx", "--like", str(DIGITS / "model.onnx")).exit_code == 2
+    wrong = repair(model=str(DIGITS / "model.onnx"), out="same.onnx")
+    assert "nothing to make up for" in wrong.stderr
+    other = repair("--plan", str(DIGITS / "onnxcar.toml"), out="other.onnx")
+    assert other.exit_code == 1
+    assert "Cannot read the plan" in other.stderr
+    assert not (small / "other.onnx").exists()
