@@ -105,7 +105,8 @@ def test_reports_on_the_command_line(tmp_path, monkeypatch):
     text = plain(tmp_path / "r" / "index.html")
     assert "The search" in text
     assert "3 groups removed" in text
-    assert '"criterion": "car"' in text
+    assert "Criterion car" in text
+    assert '"per_step": 1' in text
     refused = run("prune", "known.onnx", *flags, "--steps", "3", "-o", "q.onnx", "--report", "r")
     assert refused.exit_code == 1
     assert "--force" in refused.stderr

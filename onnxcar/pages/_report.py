@@ -55,7 +55,7 @@ def comparison(
         facts=facts,
         record=record,
         path=None if record is None else _path(record),
-        context=dict(context or {}),
+        context={"data": None, "optimistic": False, "provider": None, "threads": None, **(context or {})},
         command=command,
         layers=_layers(found.entries),
         bars=_bars(facts),
