@@ -46,6 +46,7 @@ _EXPORTS = {
     "explain": "explanation",
     "from_proto": "model",
     "importance": "importances",
+    "keep_outputs": "surgery",
     "load": "model",
     "mask": "surgery",
     "open_dataset": "data",

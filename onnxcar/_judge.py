@@ -27,7 +27,9 @@ class Judge:
         probabilities: Whether the outputs are probabilities rather than logits.
     """
 
-    def __init__(self, how: Metric, targets: Array, outputs: Array, *, softmax: bool = False) -> None:
+    def __init__(
+        self, how: Metric, targets: Array, outputs: Array, *, softmax: bool = False, columns: Array | None = None
+    ) -> None:
         """Bind a metric to labels.
 
         Args:
@@ -35,6 +37,7 @@ class Judge:
             targets: (n,) int class labels, or (n, k) float.
             outputs: First output of the network on a few samples: decides its width and whether it is probabilities.
             softmax: Whether the network ends in one (`gives_probabilities`).
+            columns: Outputs that count, ascending; labels are positions among them. None: all.
 
         Raises:
             MetricError: The metric does not fit the labels or the outputs.
@@ -43,6 +46,14 @@ class Judge:
         self.metric = how
         self.targets = np.asarray(targets)
         self.labelled = self.targets.dtype.kind in "iu" and self.targets.ndim == 1
+        self._columns: Array | None = None
+        whole = self._squeeze(outputs)
+        if columns is not None and (whole.ndim != 2 or int(columns[-1]) >= whole.shape[1]):
+            raise DataError(
+                f"Class {int(columns[-1])} was asked for, and the network's first output has shape {whole.shape}. "
+                "Correct --classes, or --label-offset."
+            )
+        self._columns = columns
         sample = self._squeeze(outputs)
         self.n_classes = 0
         if how.classes and not self.labelled:
@@ -61,7 +72,7 @@ class Judge:
                 f"{tuple(np.shape(outputs))}. Take a function of your own: --metric module:function.",
                 metric=how.name,
             )
-        self.probabilities = softmax and self.labelled and _sum_to_one(sample)
+        self.probabilities = softmax and self.labelled and _sum_to_one(whole)
         self._loss_cap = min(LOSS_CAP * LOSS_ONE, SUM_CAP // max(1, len(self.targets)))
         self._weights = self._class_weights() if how.name == "balanced" else None
         self._column: Array = np.ones(1)
@@ -142,13 +153,12 @@ class Judge:
         wide = np.asarray(values, np.float64)
         return wide.reshape(len(wide), -1)
 
-    @staticmethod
-    def _squeeze(outputs: Array) -> Array:
-        """(n, C, 1, 1) -> (n, C)."""
+    def _squeeze(self, outputs: Array) -> Array:
+        """(n, C, 1, 1) -> (n, C), only the columns that count."""
         out = np.asarray(outputs)
         while out.ndim > 2 and out.shape[-1] == 1:
             out = out[..., 0]
-        return out
+        return out if self._columns is None else out[:, self._columns]
 
     def rows(self, outputs: Array, indices: npt.NDArray[np.int64]) -> Rows:
         """Results of the samples at `indices`, (k,), from the network's first output, (k, ...)."""
@@ -204,7 +214,9 @@ class Judge:
         best = others.max(1)
         if self.probabilities:
             with np.errstate(divide="ignore"):
-                loss = -np.log(np.maximum(own, 1e-45))
+                # Of some classes only, a probability is what it is among them.
+                share = own if self._columns is None else own / np.maximum(x.sum(1), 1e-45)
+                loss = -np.log(np.maximum(share, 1e-45))
         else:
             high = np.maximum(best, own)
             with np.errstate(invalid="ignore", over="ignore"):

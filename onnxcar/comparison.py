@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcar import stats
+from onnxcar.classes import common, fitted
 from onnxcar.errors import ConfigError, DataError
 from onnxcar.latency import Latency, measure, ratio
 from onnxcar.metrics import Outcomes, Score
@@ -245,11 +246,12 @@ def compare(
     if gates.max_latency_ratio is not None and runs == 0:
         raise ConfigError("--max-latency-ratio needs timed runs. Leave out --runs 0.")
     entries = []
+    data = None if data is None else common(models, data)
     for name, model in models.items():
         score = (
             None
             if data is None
-            else evaluate(model, data, metric=metric, provider=provider, threads=threads, **options)
+            else evaluate(model, fitted(model, data), metric=metric, provider=provider, threads=threads, **options)
         )
         cost = analyze(model).cost()
         entries.append(Entry(name, model, cost.params, cost.macs, score))

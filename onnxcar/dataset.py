@@ -39,6 +39,7 @@ class Dataset:
         path: Where the samples come from, as given.
         preprocess: How pixels become inputs.
         has_labels: Whether `labels` means something.
+        outputs: Network outputs that count, ascending; `labels` are positions among them. None: all of them.
     """
 
     labels: NDArray[Any]
@@ -46,6 +47,7 @@ class Dataset:
     path: str
     preprocess: Preprocess
     has_labels: bool
+    outputs: NDArray[np.int64] | None
 
     def __init__(
         self,
@@ -79,6 +81,7 @@ class Dataset:
         self.path = path
         self.classes = tuple(classes) if classes is not None else None
         self.has_labels = labels is not None
+        self.outputs = None
         self.labels = np.full(len(source), -1, np.int64) if labels is None else _labels(labels, len(source), path)
         self._index: NDArray[np.int64] = np.arange(len(source), dtype=np.int64)
         self._axes: tuple[int | None, ...] | None = None  # of prepared inputs: where each axis comes from, None is new
@@ -98,6 +101,8 @@ class Dataset:
         if self._sha256 is None:
             digest = hashlib.sha256(self._source.digests(self._index).tobytes())
             digest.update(str(self.labels.shape).encode())
+            if self.outputs is not None:
+                digest.update(self.outputs.astype("<i8").tobytes())
             digest.update(self.labels.astype("<f8" if self.labels.dtype.kind == "f" else "<i8").tobytes())
             self._sha256 = digest.hexdigest()
         return self._sha256
@@ -150,6 +155,35 @@ class Dataset:
         at = np.flatnonzero(at) if at.dtype == bool else at.astype(np.int64).reshape(-1)
         out = self._copy()
         out._index, out.labels = self._index[at], self.labels[at]
+        return out
+
+    def only(self, outputs: Sequence[int]) -> Dataset:
+        """The samples of some classes, judged among these alone: the other outputs do not count.
+
+        Args:
+            outputs: Output indices of the classes, any order; labels become positions among them, ascending.
+
+        Raises:
+            DataError: No class labels, fewer than two classes, one that no sample has, or a subset already.
+        """
+        kept = np.unique(np.asarray(outputs, np.int64))
+        if not self.has_labels or self.labels.ndim > 1 or self.outputs is not None:
+            raise DataError(f"Some classes of '{self.path}' were asked for; that takes class labels, of all classes.")
+        missing = kept[~np.isin(kept, self.labels)]
+        if len(kept) < 2 or len(missing):
+            wrong = f"no sample of class {int(missing[0])}" if len(missing) else f"only {len(kept)} class asked for"
+            raise DataError(f"'{self.path}': {wrong}. --classes takes at least two classes, each with samples.")
+        out = self.subset(np.isin(self.labels, kept))
+        out.labels = np.searchsorted(kept, out.labels)
+        out.outputs = kept
+        names = self.classes or ()
+        out.classes = tuple(names[i] if i < len(names) else str(i) for i in kept.tolist())
+        return out
+
+    def among(self, outputs: Sequence[int] | None) -> Dataset:
+        """The same samples and labels with other outputs that count: for a network whose rows were dropped, None."""
+        out = self._copy()
+        out.outputs = None if outputs is None else np.asarray(outputs, np.int64)
         return out
 
     def limit(self, n: int | None, seed: int = 0) -> Dataset:

@@ -70,6 +70,7 @@ class Finisher:
         recover: Method of recovery, "none" for none.
         calibration: What recovery fits on.
         seed: Of recovery.
+        drop: Whether output rows go that the data say do not count.
     """
 
     space: ChannelSpace
@@ -80,6 +81,7 @@ class Finisher:
     recover: str = "none"
     calibration: Dataset | None = None
     seed: int = 0
+    drop: bool = False
 
     def repaired(self, plan: Plan, compact: Model, progress: Report | None = None) -> Recovered | None:
         """The compact model recovered; None where that was not asked or nothing is gone."""
@@ -114,4 +116,12 @@ class Finisher:
         verified = surgery.verify(self.space, plan, compact) if self.check else None
         recovered = self.repaired(plan, compact, progress)
         model = compact if recovered is None else recovered.model
-        return Finished(plan, model, self.on.evaluate(model, self.data, self.metric), verified, recovered)
+        if self.drop:
+            assert self.data is not None
+            assert self.data.outputs is not None
+            model = surgery.keep_outputs(model, self.data.outputs.tolist(), norms=self.space.norms)
+        return Finished(plan, model, self.evaluate(model, self.data), verified, recovered)
+
+    def evaluate(self, model: Model, data: Dataset | None) -> Score | None:
+        """Score of a model that `make` made; None without data."""
+        return self.on.evaluate(model, data.among(None) if self.drop and data is not None else data, self.metric)

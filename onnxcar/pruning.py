@@ -15,8 +15,9 @@ from typing import Any
 import onnxcar
 from onnxcar import guarantee as promises
 from onnxcar import record as records
-from onnxcar.channels import ChannelSpace
+from onnxcar.channels import ChannelSpace, Cost
 from onnxcar.choosers import chooser
+from onnxcar.classes import Kept
 from onnxcar.criteria import CRITERIA, Context, Criterion, CriterionFunction, find
 from onnxcar.data import Dataset, overlap
 from onnxcar.errors import DataError, PlanError
@@ -108,6 +109,7 @@ class Pruning:
         recover_every: int = 0,
         calibration_data: Dataset | None = None,
         guarantee: float | None = None,
+        drop_outputs: bool = False,
         seed: int = 0,
         planned: bool = False,
         test_data: Dataset | None = None,
@@ -129,6 +131,8 @@ class Pruning:
         _check_numbers(scope, per_step, min_filters, multiple_of)
         _check_data(row, rule, data, planned)
         _check_recovery(recover, recover_every, data, calibration_data)
+        if drop_outputs and (data is None or data.outputs is None):
+            raise DataError("Output rows can go where data of some classes only are given: --classes, Dataset.only.")
         held = None
         if guarantee is not None:
             promises.check(metric, rule.max_drop, guarantee)
@@ -156,9 +160,11 @@ class Pruning:
             "recover": recover,
             "recover_every": recover_every,
             "guarantee": guarantee,
+            "classes": None if data is None or data.outputs is None else data.outputs.tolist(),
+            "drop_outputs": drop_outputs,
             "seed": seed,
         }
-        finisher = Finisher(space, on, data, metric, verify, recover, calibration, seed)
+        finisher = Finisher(space, on, data, metric, verify, recover, calibration, seed, drop_outputs)
         scorer = None
         if data is not None:
             models: dict[str, Any] = {}
@@ -270,6 +276,17 @@ class Pruning:
         """Score of the original on `data`."""
         return None if self.scorer is None else self.scorer.base(frozenset())
 
+    @property
+    def kept(self) -> Kept | None:
+        """The classes that count; None where all do."""
+        return None if self.data is None else Kept.of(self.data, dropped=self.finisher.drop)
+
+    def cost(self, finished: Finished) -> Cost:
+        """Params and MACs of a finished model."""
+        if self.finisher.drop:
+            return analyze(finished.model).cost(())  # its output rows are no groups of the space
+        return self.space.cost(finished.plan.groups)
+
     @cached_property
     def test_base(self) -> Score | None:
         """Score of the original on `test_data`."""
@@ -290,7 +307,7 @@ class Pruning:
             "schema": records.SCHEMA,
             "command": "prune",
             "model": records.model_entry(model.path, model.sha256, space.cost(()), model.n_bytes),
-            "result": records.model_entry(None, None, space.cost(finished.plan.groups), None),
+            "result": records.model_entry(None, None, self.cost(finished), None),
             "data": records.data_entry(self.data),
             "test_data": records.data_entry(self.test_data),
             "calibration_data": records.data_entry(calibrated),
@@ -301,10 +318,11 @@ class Pruning:
             "base": records.score_entry(self.base),
             "final": records.score_entry(finished.score),
             "test_base": records.score_entry(self.test_base),
-            "test_final": records.score_entry(self.on.evaluate(finished.model, self.test_data, metric)),
+            "test_final": records.score_entry(self.finisher.evaluate(finished.model, self.test_data)),
             "criterion": "plan" if path is None else self.criterion.name,
             "recover": self.finisher.recover,
             "recovery": None if finished.recovered is None else finished.recovered.to_json(),
+            "classes": None if self.kept is None else self.kept.to_json(),
             "guarantee": None,
             "latency": self.latency(finished, path),
             "arguments": self.arguments,

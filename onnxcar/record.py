@@ -100,7 +100,9 @@ def verify_entry(verified: Verified | None) -> dict[str, Any] | None:
 
 def metadata(record: Mapping[str, Any]) -> dict[str, str]:
     """What the compact model itself says of its origin, for ``metadata_props``; the same bytes for the same run."""
+    specialised = {} if record.get("classes") is None else {"onnxcar.classes": _compact(record["classes"])}
     return {
+        **specialised,
         "onnxcar.version": str(record["onnxcar"]),
         "onnxcar.source_sha256": str(record["model"]["sha256"]),
         "onnxcar.removed_filters": _compact(record["removed"]),

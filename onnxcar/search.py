@@ -86,6 +86,7 @@ def prune(
     recover_every: int = 0,
     calibration_data: Dataset | None = None,
     guarantee: float | None = None,
+    drop_outputs: bool = False,
     seed: int = 0,
     plan: Mapping[str, Any] | str | Path | None = None,
     test_data: Dataset | None = None,
@@ -125,6 +126,7 @@ def prune(
         calibration_data: What recovery fits on, labels not needed; default `data`.
         guarantee: Confidence with which the drop on unseen data is below `stop.max_drop`; a part of `data` is kept
             untouched for the test, see `onnxcar.guarantee`.
+        drop_outputs: Where `data` are of some classes only (`Dataset.only`): remove the output rows of the others.
         seed: Of everything random.
         plan: Remove exactly this instead of searching: a plan, a record, or a file of either.
         test_data: Samples the final numbers are reported on; never used to choose.
@@ -161,6 +163,7 @@ def prune(
         recover_every=recover_every,
         calibration_data=calibration_data,
         guarantee=guarantee,
+        drop_outputs=drop_outputs,
         seed=seed,
         planned=plan is not None,
         test_data=test_data,

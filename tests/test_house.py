@@ -22,7 +22,7 @@ FLOORS = [
     {"facts", "_graphs"},
     {"_providers", "runtime", "metrics"},
     {"preprocess", "preprocess_files", "images", "data_files", "data_calls", "sources", "dataset", "data", "testing"},
-    {"channels", "ledger", "config", "journal"},
+    {"channels", "ledger", "config", "journal", "classes"},
     {"rules"},
     {"surgery"},
     {"_judge"},

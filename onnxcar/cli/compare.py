@@ -11,6 +11,7 @@ from onnxcar.cli.border import GateNotMetError
 from onnxcar.cli.command import Command
 from onnxcar.cli.later import later_options
 from onnxcar.cli.options import (
+    classes_option,
     data_options,
     general_options,
     json_option,
@@ -60,6 +61,7 @@ _GATES = "Gates (exit 3 where a candidate does not meet one)"
     help="Candidate's latency over the base's may be R.",
 )
 @data_options
+@classes_option
 @test_data_option
 @metric_option
 @json_option
@@ -111,6 +113,13 @@ def command(base: Path, candidates: tuple[Path, ...], **params: Any) -> None:
     first = next(iter(models.values()))
     data = open_reported(params, first)
     here = terminal()
+    if data is not None:
+        from onnxcar.classes import common
+
+        every = len(data)
+        data = common(models, data)
+        if len(data) < every:
+            here.note(f"A model has outputs for some classes only: compared on their {len(data)} samples.")
     with open_meter(here.err, "comparing", "samples", quiet=here.quiet) as meter:
         found = compare(
             models,

@@ -9,6 +9,7 @@ import click
 
 from onnxcar.cli.command import Command
 from onnxcar.cli.options import (
+    classes_option,
     data_options,
     general_options,
     json_option,
@@ -33,11 +34,13 @@ from onnxcar.progress import duration, open_meter
 if TYPE_CHECKING:
     from onnxcar.data import Dataset
     from onnxcar.metrics import Score
+    from onnxcar.model import Model
 
 
 @click.command("evaluate", cls=Command, short_help="The metrics of one model on a data set.")
 @model_argument
 @data_options
+@classes_option
 @test_data_option
 @metric_option
 @option("--per-class", section="Output", is_flag=True, help="List every class.")
@@ -66,6 +69,7 @@ def command(per_class: bool, **params: Any) -> None:
     data = open_reported(params, model)
     assert data is not None
     here = terminal()
+    data = _for_model(model, data)
     started = time.monotonic()
     with open_meter(here.err, "evaluating", "samples", quiet=here.quiet) as meter:
         score = evaluate(
@@ -99,6 +103,16 @@ def command(per_class: bool, **params: Any) -> None:
     if per_class and result["per_class"]:
         here.data(report.per_class_table(result))
     here.note(f"{duration(seconds)} on {provider.name}.")
+
+
+def _for_model(model: Model, data: Dataset) -> Dataset:
+    """The data as the model's outputs have them; one line says where these are not all of the original's."""
+    from onnxcar.classes import fitted, kept_by
+
+    kept = kept_by(model)
+    if kept is not None and kept.dropped:
+        terminal().note(f"The model has outputs for {len(kept.outputs)} classes only; samples of others are left out.")
+    return fitted(model, data)
 
 
 def _per_class(score: Score, data: Dataset) -> list[dict[str, Any]] | None:

@@ -17,7 +17,6 @@ __all__ = ["LATER", "LATER_VALUES", "later_options", "refuse_later_values"]
 #: Command -> flag -> what it will do.
 LATER: Mapping[str, Mapping[str, str]] = {
     "prune": {
-        "--classes": "specialising a network to some classes",
     },
 }
 

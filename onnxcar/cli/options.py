@@ -18,6 +18,7 @@ __all__ = [
     "CRITERIA",
     "PRESETS",
     "Decorator",
+    "classes_option",
     "data_options",
     "general_options",
     "json_option",
@@ -198,6 +199,13 @@ runtime_options: Decorator = _together(
 )
 
 data_options: Decorator = _together(_source_options, _preprocess_options)
+
+classes_option: Decorator = option(
+    "--classes",
+    section=_DATA,
+    metavar="LIST",
+    help="Only these classes count, among themselves: names or labels, separated by commas; @FILE: one a line.",
+)
 
 test_data_option: Decorator = option(
     "--test-data",

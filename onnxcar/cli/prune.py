@@ -13,6 +13,7 @@ from onnxcar.cli.later import later_options, refuse_later_values
 from onnxcar.cli.options import (
     CRITERIA,
     LATER_CRITERIA,
+    classes_option,
     data_options,
     general_options,
     json_option,
@@ -55,6 +56,7 @@ _SAME: tuple[str, ...] = (
     "norms",
     "recover",
     "recover_every",
+    "drop_outputs",
     "seed",
     "verify",
     "threads",
@@ -173,6 +175,13 @@ def _fractions(ctx: click.Context, param: click.Parameter, value: tuple[float, .
 @option("--time-limit", section=_STOP, type=TIME, metavar="T", help="In time (30m, 8h), with the best so far.")
 @option("--per-step", section=_STOP, type=Count(), default=1, metavar="K", help="Groups a step.  [default: 1]")
 @data_options
+@classes_option
+@option(
+    "--drop-outputs",
+    section=_WHAT,
+    is_flag=True,
+    help="With --classes: remove the output rows of all other classes; OUT with .classes.txt says which row is which.",
+)
 @metric_option
 @test_data_option
 @option(
@@ -246,6 +255,10 @@ def _check_usage(params: dict[str, Any]) -> None:
     """Combinations that no single flag can refuse."""
     _check_promise(params)
     _check_sweep(params)
+    if params["drop_outputs"] and params["classes"] is None:
+        raise click.UsageError("--drop-outputs keeps the rows of some classes: say which with --classes.")
+    if params["classes"] is not None:
+        need_data(params, "--classes")
     if params["recover"] == "none":
         typed = click.get_current_context().get_parameter_source
         for name in ("recover_every", "calibration_data"):

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from onnxcar.cli.border import GateNotMetError
-from onnxcar.cli.work import check_outputs, json_target, terminal, write_json
+from onnxcar.cli.work import check_outputs, json_target, terminal, write_json, write_text
 from onnxcar.progress import duration
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _REPEAT = (
     "channels",
     "layout",
     "label_offset",
+    "classes",
     "metric",
 )
 
@@ -43,6 +44,11 @@ class Paths:
     record: Path
     plan: Path
     journal: Path | None
+
+    @property
+    def classes(self) -> Path:
+        """Which row is which class, where rows are dropped."""
+        return self.out.with_suffix(".classes.txt")
 
     @classmethod
     def of(cls, params: dict[str, Any]) -> Paths:
@@ -59,6 +65,8 @@ class Paths:
         """Refuse what could not be written, before hours are spent on it."""
         read = [path for path in (self.model, params["plan"]) if path is not None]
         wanted = [self.plan] if params["dry_run"] else [self.out, self.record]
+        if params["drop_outputs"] and not params["dry_run"]:
+            wanted.append(self.classes)
         if len({path.absolute() for path in wanted}) < len(wanted):
             raise click.UsageError(f"{self.out} is also the name of the record. Give OUT the suffix .onnx.")
         check_outputs(wanted, force=params["force"], inputs=read)
@@ -90,6 +98,10 @@ def write_run(run: Run, paths: Paths, params: dict[str, Any]) -> dict[str, Any]:
         write_json(written, params["json"])
     if paths.journal is not None and params["journal"] is None and run.stopped != "time_limit":
         paths.journal.unlink(missing_ok=True)
+    if params["drop_outputs"]:
+        kept = written["classes"]
+        names = kept["names"] or [str(label) for label in kept["outputs"]]
+        write_text("".join(f"{name}\n" for name in names), paths.classes)
     return written
 
 
@@ -148,6 +160,9 @@ def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None
         here.warn(_nothing_removed(record))
     if record["base"] is not None and record["optimistic"]:
         here.note("The scores are optimistic: filters were chosen on the same data. Give --test-data for honest ones.")
+    if record["classes"] is not None:
+        rows = f"; its rows are those of {paths.classes}" if record["classes"]["dropped"] else ""
+        here.note(f"Specialised: {len(record['classes']['outputs'])} classes count, among themselves{rows}.")
     here.note(f"Model   {paths.out}\nRecord  {paths.record}", command=True)
     if record["stopped"] == "time_limit":
         here.note(f"Journal {paths.journal}\nThe same command with --force goes on from there.", command=True)

@@ -14,6 +14,7 @@ from onnxcar.cli.later import refuse_later_values
 from onnxcar.cli.options import (
     CRITERIA,
     LATER_CRITERIA,
+    classes_option,
     data_options,
     general_options,
     json_option,
@@ -92,6 +93,7 @@ _FEW = 10  # samples of a class below which its mean loss change says little
     "--plot", section="Output", type=click.Path(path_type=Path), metavar="FILE", help="With --by-layer: PNG or SVG."
 )
 @data_options
+@classes_option
 @metric_option
 @json_option
 @runtime_options

@@ -167,15 +167,21 @@ def open_data(params: Mapping[str, Any], model: Model, path: str | None = None, 
     from onnxcar.runtime import batch_inputs
 
     inputs = batch_inputs(model)
+    classes = params.get("classes")
+    limit = params["limit"] if path is None else None
     data = open_dataset(
         path if path is not None else params["data"],
         preprocess=Preprocess.resolve(params["preprocess"], **{part: params[part] for part in _PARTS}),
         label_offset=params["label_offset"],
-        limit=params["limit"] if path is None else None,
+        limit=limit if classes is None else None,
         seed=params["seed"],
         labelled=labelled,
         input_names=[i.name for i in inputs],
     )
+    if classes is not None and labelled:
+        from onnxcar.classes import resolve
+
+        data = data.only(resolve(classes, data, params["label_offset"])).limit(limit, params["seed"])
     return data.for_input(inputs[0].shape if len(inputs) == 1 else None)
 
 

@@ -52,7 +52,7 @@ def judge_for(network: Network, data: Dataset, how: Metric) -> Judge:
         raise DataError(f"Data {data.path!r} has no labels, and a score needs them. Give --data with labels.")
     few = np.arange(min(4, len(data)), dtype=np.int64)
     outputs = network.run(feeds(network, data, few))[0]
-    return Judge(how, data.labels, outputs, softmax=gives_probabilities(network.proto))
+    return Judge(how, data.labels, outputs, softmax=gives_probabilities(network.proto), columns=data.outputs)
 
 
 def samples_per_run(network: Network, sample: dict[str, Array], memory_bytes: int, batch_size: int | None) -> int:
