@@ -37,7 +37,8 @@
     if (text !== undefined) element.textContent = text;
     return element;
   };
-  const signed = (x, digits = 4) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
+  const fixed = (x, digits) => Number(x.toFixed(digits)) === 0 ? (0).toFixed(digits) : x.toFixed(digits).replace("-", "−");
+  const signed = (x, digits = 4) => (Number(x.toFixed(digits)) < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
   const short = (text, n) => (text.length > n ? text.slice(0, n - 1) + "…" : text);
   const canvas = (side, label) => {
     const ratio = Math.max(1, Math.min(2, window.devicePixelRatio || 1));
@@ -114,7 +115,7 @@
     const list = make("dl");
     const fact = (name, ...value) => list.append(make("dt", {}, name), make("dd", {}, ...value));
     if (row.v !== undefined) fact("CAR", `${signed(row.v)}, rank ${row.r} of ${layer[2]}` + (row.t ? ` (${row.t} filters leave together)` : ""));
-    if (row.h !== undefined) fact("colour", row.h.toFixed(2));
+    if (row.h !== undefined) fact("colour", fixed(row.h, 2));
     if (row.a !== undefined) fact("stripes", `${Math.round(row.a)}°`);
     if (row.c !== undefined) fact("contribution", `${(100 * row.c).toFixed(1)} %`);
     if (row.k >= 0) {
@@ -126,7 +127,7 @@
       const near = row.w.flatMap(([index, r], k) => {
         const button = make("button", { type: "button", class: "link" }, `#${index}`);
         button.addEventListener("click", () => go(row.l, index));
-        return [k ? ", " : "", make("span", { class: "pair" }, button, ` ${r.toFixed(2)}`)];
+        return [k ? ", " : "", make("span", { class: "pair" }, button, ` ${fixed(r, 2)}`)];
       });
       fact("twins", ...near);
     }
