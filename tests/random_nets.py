@@ -188,6 +188,13 @@ def _excite(g: Garden, v: Value, k: int) -> Value:
     return g.op(v, "Mul", g.net.op("Sigmoid", gate.name))
 
 
+def _line_gate(g: Garden, v: Value, k: int) -> Value:
+    """A gate by a Conv along the channels."""
+    line = g.net.reshape(g.net.op("GlobalAveragePool", v.name), -1, 1, v.c)
+    line = g.net.op("Sigmoid", g.net.op("Conv", line, g.net.random(1, 1, 3), pads=[1, 1]))
+    return g.op(v, "Mul", g.net.reshape(line, -1, v.c, 1, 1))
+
+
 def _dense_gate(g: Garden, v: Value, k: int) -> Value:
     net = g.net
     s = net.op("Flatten", net.op("GlobalAveragePool", v.name))
@@ -419,6 +426,7 @@ STEPS: list[Callable[[Garden, Value, int], Value | list[Value]]] = [
     _expand,
     _prelu,
     _shared,
+    _line_gate,
     _layer_norm,
     _unknown,
 ]

@@ -59,6 +59,8 @@ def _convolution(w: Walk, *, transposed: bool) -> None:
     c_in, c_out = (shape[0], shape[1] * blocks) if transposed else (shape[1] * blocks, shape[0])
     if c_in != w.shape(0)[1]:
         raise Refused(f"its weight {shape} does not fit its input {w.shape(0)}")
+    if not transposed and _along_positions(w):
+        return
     x = _channels_only(w, w.lab(0), 1)
     in_axis, out_axis = (0, 1) if transposed else (1, 0)
     spatial = math.prod(w.out_shape()[2:]) if not transposed else math.prod(w.shape(0)[2:])
@@ -85,6 +87,29 @@ def _convolution(w: Walk, *, transposed: bool) -> None:
     w.terms.append(RawTerm(w.index, scale, x, y, blocks))
     _pair(w, 1, x, y)
     w.emit(y.reshape((1, c_out) + (1,) * (rank - 2)))
+
+
+def _along_positions(w: Walk) -> bool:
+    """A Conv that runs along the channels of a layer, which are its positions (ECA, Wang et al. 2020, 1910.03151).
+
+    Removed positions are zeros to their neighbours. Positions of the result are channels of their own; the surgery
+    lines up the window of every one that is kept, so that the Conv steps from window to window. Its filters stay.
+    """
+    labels = w.lab(0)
+    axes = axes_of(labels)
+    if len(axes) != 1 or axes[0] < 2 or w.attr("auto_pad", "NOTSET") not in ("NOTSET", b"NOTSET"):
+        return False
+    axis, positions = axes[0], w.out_shape()[axes[0]]
+    c_out = w.shape(1)[0]
+    if c_out > 1:
+        y = w.fresh(c_out)
+        w.protect(y, "it runs along the channels of another layer")
+        w.layers.append(RawLayer(w.index, 1, 0, "conv", y))
+    w.read(0)
+    made = w.fresh(positions).reshape([positions if a == axis else 1 for a in range(labels.ndim)])
+    w.edit("windows", labels=labels, made=made, axis=axis)
+    w.emit(made)
+    return True
 
 
 def _depthwise(w: Walk, x: Labels, c_out: int, *, transposed: bool) -> Labels:

@@ -362,6 +362,47 @@ def _shuffle(b: Bench, edit: Edit) -> None:
     b.nodes[edit.node] = [helper.make_node("Gather", inputs, [node.output[0]], node.name, axis=int(edit.args["axis"]))]
 
 
+def _windows(b: Bench, edit: Edit) -> None:
+    """A Conv along channels: the windows of the kept positions one after the other, gone neighbours as zeros.
+
+    Pad by one zero, Gather the window of every kept position, and let the Conv step from window to window: its
+    weight stays as it is.
+    """
+    axis = int(edit.args["axis"])
+    alive, made = b.along(edit.args["labels"], axis), b.along(edit.args["made"], axis)
+    if alive.all() and made.all():
+        return
+    node = b.nodes[edit.node][0]
+    rank, n = len(b.facts.shape(node.input[0]) or ()), len(alive)
+    at = axis - 2
+    size = (b.facts.shape(node.input[1]) or ())[axis]
+    pads = list(attribute(node, "pads", None) or [0] * (2 * (rank - 2)))
+    steps = list(attribute(node, "strides", None) or [1] * (rank - 2))
+    spread = list(attribute(node, "dilations", None) or [1] * (rank - 2))
+    windows = steps[at] * np.flatnonzero(made)[:, None] - pads[at] + spread[at] * np.arange(size)[None, :]
+    inside = (windows >= 0) & (windows < n)
+    there = inside & alive[np.clip(windows, 0, n - 1)]
+    kept = int(alive.sum())
+    order = np.where(there, (np.cumsum(alive) - 1)[np.clip(windows, 0, n - 1)], kept)  # `kept` is the zero
+    pads[at] = pads[at + rank - 2] = 0
+    steps[at], spread[at] = int(size), 1
+    for name, value in (("pads", pads), ("strides", steps), ("dilations", spread)):
+        set_attribute(node, name, value)
+    x, y = node.input[0], node.output[0]
+    padded, gathered = b.fresh(f"{x}_zero"), b.fresh(f"{x}_windows")
+    ends = [0] * (2 * rank)
+    ends[rank + axis] = 1
+    if b.facts.opset < 11:
+        pad = helper.make_node("Pad", [x], [padded], padded, pads=ends)
+    else:
+        pad = helper.make_node(
+            "Pad", [x, b.tensors.constant(np.asarray(ends, np.int64), f"{y}_ends")], [padded], padded
+        )
+    index = b.tensors.constant(order.ravel().astype(np.int64), f"{y}_windows")
+    node.input[0] = gathered
+    b.nodes[edit.node] = [pad, helper.make_node("Gather", [padded, index], [gathered], gathered, axis=axis), node]
+
+
 EDITS: dict[str, Callable[[Bench, Edit], None]] = {
     "blocks": _blocks,
     "bound": _bound,
@@ -375,4 +416,5 @@ EDITS: dict[str, Callable[[Bench, Edit], None]] = {
     "slice": _slice,
     "split": _split,
     "target": _target,
+    "windows": _windows,
 }
