@@ -172,14 +172,11 @@ def test_the_keyboard_reaches_every_control(browser, pages):
         ".every((e) => e.tabIndex >= 0)",
     )
     assert tags
-    labelled = script(
-        browser, "return [...document.querySelectorAll('#tools select, #tools input')].every((e) => e.labels.length)"
-    )
+    code = "return [...document.querySelectorAll('#tools select, #tools input')].every((e) => e.labels.length)"
+    labelled = script(browser, code)
     assert labelled
-    assert script(
-        browser,
-        "return [...document.querySelectorAll('canvas, svg')].every((e) => e.getAttribute('aria-label') || e.ariaHidden)",
-    )
+    named = "(e) => e.getAttribute('aria-label') || e.ariaHidden"
+    assert script(browser, f"return [...document.querySelectorAll('canvas, svg')].every({named})")
 
 
 def test_patches_show_the_images(browser, pages):
