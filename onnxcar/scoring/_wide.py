@@ -19,6 +19,7 @@ __all__ = ["Wide"]
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
+RUN_BYTES = 64 << 20  # of values that one run of the trunk gives
 
 
 class Wide:
@@ -48,7 +49,8 @@ class Wide:
             rows: Rows of a run of the suffix from the bytes that each takes.
         """
         self.trunk, self.judge, self.work = trunk, judge, work
-        self._inputs, self._step, self._pool = inputs, step, pool
+        # All values of a run are there twice before they are stored.
+        self._inputs, self._step, self._pool = inputs, int(np.clip(RUN_BYTES // trunk.each_bytes, 1, step)), pool
         self.n = len(judge.targets)
         self.fits = max(4, budget // trunk.each_bytes)
         self.shifts: dict[int, npt.NDArray[np.float32]] = {}
