@@ -1,0 +1,271 @@
+"""Every criterion at some pruning ratios, on single layers and on the whole network, repaired and not: table and plots.
+
+    python scripts/accuracy_table.py
+    python scripts/accuracy_table.py --net ResNet-20 resnet20.onnx resnet20.toml --minutes 30
+
+The digits network of this repository is always there. A network of one's own needs its name, its file, and an
+`onnxcar.toml` that names data, test_data and preprocessing (calibration_data, if another set is to be fitted on). Cells
+are kept in a JSON file, so a run that was interrupted, or ended by --minutes, goes on where it stopped. Filters are
+chosen on `data`, repairs fitted on it without its labels, and accuracies are those on `test_data`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import onnxcar as car
+from onnxcar import config
+from onnxcar.criteria import CRITERIA
+from onnxcar.data import Dataset
+from onnxcar.recovery import recover
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = ("digits", ROOT / "models" / "digits" / "model.onnx", ROOT / "models" / "digits" / "onnxcar.toml")
+PAGE = ROOT / "docs" / "accuracy.md"
+BEGIN, END = "<!-- accuracy_table: begin -->", "<!-- accuracy_table: end -->"
+PARTS = ("size", "crop_pct", "interpolation", "mean", "std", "channels", "layout")
+SEEDS = 3  # of the criterion random
+WHOLE = "all layers"
+
+
+@dataclass
+class Net:
+    """A network of the table."""
+
+    name: str
+    path: Path
+    toml: Path
+    limit: int | None
+    threads: int | None
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> car.Model:
+        """The network."""
+        return car.load(self.path)
+
+    @cached_property
+    def space(self) -> car.ChannelSpace:
+        """Its structure."""
+        return car.analyze(self.model)
+
+    @cached_property
+    def flags(self) -> dict[str, Any]:
+        """What its `onnxcar.toml` says."""
+        return config.defaults(self.path, tables=("data", "preprocess"), file=self.toml)
+
+    def open(self, key: str, *, limit: int | None = None) -> Dataset:
+        """The data set of a key of the `onnxcar.toml`."""
+        pre = car.Preprocess.resolve(self.flags.get("preprocess"), **{part: self.flags.get(part) for part in PARTS})
+        data: Dataset = car.open_dataset(
+            self.flags[key], preprocess=pre, label_offset=int(self.flags.get("label_offset") or 0), limit=limit
+        )
+        shape = self.space.facts.shape(self.model.proto.graph.input[0].name)
+        return data.for_input(None if shape is None else (None, *shape[1:]))
+
+    @cached_property
+    def data(self) -> Dataset:
+        """What filters are chosen on."""
+        return self.open("data", limit=self.limit)
+
+    @cached_property
+    def calibration(self) -> Dataset:
+        """What repairs are fitted on."""
+        return self.open("calibration_data" if self.flags.get("calibration_data") else "data")
+
+    @cached_property
+    def test(self) -> Dataset:
+        """What is reported on."""
+        return self.open("test_data")
+
+    def places(self) -> dict[str, str]:
+        """Place -> node of the first, second, middle and last convolution with filters to remove; then all of them."""
+        nodes = [x.node for x in self.space.layers if x.kind == "conv" and (x.groups >= 0).sum() > 1]
+        at = {"first": 0, "second": 1, "middle": len(nodes) // 2, "last": len(nodes) - 1}
+        found: dict[str, str] = {}
+        for place, i in at.items():
+            if i < len(nodes) and nodes[i] not in found.values():
+                found[place] = nodes[i]
+        return {**found, WHOLE: ""}
+
+    def score(self, model: car.Model) -> float:
+        """Top-1 on the test images."""
+        return float(car.evaluate(model, self.test, threads=self.threads).value)
+
+    def base(self) -> float:
+        """Top-1 of the original."""
+        if "base" not in self.cache:
+            self.cache["base"] = self.score(self.model)
+        return float(self.cache["base"])
+
+    def plans(self, node: str, ratios: Sequence[float], criterion: str, seed: int) -> Iterator[tuple[float, car.Plan]]:
+        """Plans at the ratios, ascending; of one layer they are parts of one path."""
+        options: dict[str, Any] = {"criterion": criterion, "seed": seed, "verify": False, "threads": self.threads}
+        if node:
+            run = car.prune(self.model, self.data, stop=car.Stop(ratio=max(ratios)), layers=[node], **options)
+            layer = next(x for x in self.space.layers if x.node == node)
+            for ratio in ratios:
+                gone: list[int] = []
+                for step in run.steps:
+                    if (~self.space.alive(gone)[layer.groups]).sum() >= ratio * layer.filters - 1e-9:
+                        break
+                    gone.append(step.group)
+                yield ratio, car.Plan(gone)
+            return
+        for ratio in ratios:
+            yield ratio, car.prune(self.model, self.data, stop=car.Stop(ratio=ratio), **options).plan
+
+    def cell(self, plan: car.Plan, seed: int) -> dict[str, float]:
+        """Top-1 without the groups of a plan, unrepaired and repaired, and what is left of the MACs."""
+        compact = car.remove(self.space, plan)
+        fixed = recover(self.space, plan, compact, self.calibration, threads=self.threads, seed=seed)
+        macs = self.space.cost(plan.groups).macs / self.space.cost().macs
+        return {"none": self.score(compact), "least-squares": self.score(fixed.model), "macs": macs}
+
+
+def key(place: str, ratio: float, criterion: str, seed: int) -> str:
+    """Name of a cell."""
+    return f"{place}, {ratio:g}, {criterion}, {seed}"
+
+
+def fill(nets: Sequence[Net], ratios: Sequence[float], names: Sequence[str], file: Path, deadline: float) -> bool:
+    """Compute the missing cells, cheapest criteria first; False if time ran out."""
+    order = sorted(names, key=lambda n: (n in ("car", "class-car"), names.index(n)))
+    for net in nets:
+        net.base()
+        for place, node in net.places().items():
+            for criterion in order:
+                for seed in range(SEEDS if criterion == "random" else 1):
+                    missing = [r for r in ratios if key(place, r, criterion, seed) not in net.cache]
+                    if not missing:
+                        continue
+                    if time.monotonic() > deadline:
+                        return False
+                    for ratio, plan in net.plans(node, missing, criterion, seed):
+                        net.cache[key(place, ratio, criterion, seed)] = found = net.cell(plan, seed)
+                        print(f"{net.name}, {key(place, ratio, criterion, seed)}: {found}", flush=True)
+                        save(nets, file)
+    return True
+
+
+def save(nets: Sequence[Net], file: Path) -> None:
+    """Keep the cells; those of other networks stay."""
+    held = json.loads(file.read_text()) if file.exists() else {}
+    held.update({f"{net.name} {net.model.sha256[:12]} {net.limit}": net.cache for net in nets})
+    file.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n")
+
+
+def value(net: Net, place: str, ratio: float, criterion: str, way: str) -> float | None:
+    """Mean over the seeds, None while a cell is missing."""
+    seeds = SEEDS if criterion == "random" else 1
+    cells = [net.cache.get(key(place, ratio, criterion, seed)) for seed in range(seeds)]
+    return None if None in cells else statistics.mean(c[way] for c in cells if c is not None)
+
+
+def tables(nets: Sequence[Net], ratios: Sequence[float], names: Sequence[str]) -> str:
+    """Markdown: for each network and place a line for each criterion; unrepaired, then repaired."""
+    out = []
+    for net in nets:
+        out += [f"### {net.name}", "", f"Original {net.base():.2%}; filters chosen on {len(net.data):,} images.", ""]
+        out += [f"![accuracy of {net.name} against pruning ratio](img/{picture(net)})", ""]
+        for place, node in net.places().items():
+            rows = []
+            for name in names:
+                cells = [value(net, place, r, name, way) for way in ("none", "least-squares") for r in ratios]
+                if any(c is not None for c in cells):
+                    rows.append((cells, name))
+            if not rows:
+                continue
+            best = [max((x for c, _ in rows if (x := c[i]) is not None), default=None) for i in range(2 * len(ratios))]
+            head = [f"{r:.0%}" for r in ratios] + [f"{r:.0%}, repaired" for r in ratios]
+            out += [f"**{place}**" + (f" (`{node}`)" if node else ""), "", f"| criterion | {' | '.join(head)} |"]
+            out.append("|---" * (len(head) + 1) + "|")
+            for cells, name in rows:
+                shown = [
+                    "-" if c is None else f"**{100 * c:.1f}**" if c == b else f"{100 * c:.1f}"
+                    for c, b in zip(cells, best, strict=True)
+                ]
+                out.append(f"| {name} | {' | '.join(shown)} |")
+            out.append("")
+    return "\n".join(out)
+
+
+def picture(net: Net) -> str:
+    """File name of a plot."""
+    return f"accuracy_{net.name.lower().replace(' ', '_')}.png"
+
+
+def plot(net: Net, ratios: Sequence[float], names: Sequence[str], folder: Path) -> None:
+    """A panel for each place: accuracy against ratio, unrepaired solid, repaired dashed."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    places = [p for p in net.places() if any(value(net, p, ratios[0], n, "none") is not None for n in names)]
+    if not places:
+        return
+    fig, axes = plt.subplots(1, len(places), figsize=(4 * len(places), 3.6), sharey=True, squeeze=False)
+    colours = plt.get_cmap("tab20")
+    for ax, place in zip(axes[0], places, strict=True):
+        for i, name in enumerate(names):
+            for way, style in (("none", "-"), ("least-squares", "--")):
+                cells = [value(net, place, r, name, way) for r in ratios]
+                points = [(r, c) for r, c in zip(ratios, cells, strict=True) if c is not None]
+                if points:
+                    x, y = zip((0.0, net.base()), *points, strict=True)
+                    label = name if way == "none" else None
+                    ax.plot(x, [100 * v for v in y], style, color=colours(i % 20), label=label, linewidth=1.4)
+        ax.set_title(place)
+        ax.set_xlabel("filters removed")
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("top-1 on test images, %")
+    fig.suptitle(f"{net.name}: solid unrepaired, dashed repaired (least squares)")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="center right", fontsize=8)
+    fig.tight_layout(rect=(0, 0, 1 - 0.55 / len(places) if len(places) < 3 else 0.89, 1))
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / picture(net), dpi=110)
+    plt.close(fig)
+
+
+def main() -> None:
+    """Fill the cells, write the tables into the page and the plots beside it."""
+    parser = argparse.ArgumentParser(description="Accuracy of every criterion, repaired and not.")
+    parser.add_argument("--net", nargs=3, action="append", default=[], metavar=("NAME", "MODEL", "TOML"))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75], metavar="R")
+    parser.add_argument("--criteria", nargs="+", choices=list(CRITERIA), default=list(CRITERIA), metavar="NAME")
+    parser.add_argument("--limit", type=int, help="images that filters of a --net are chosen on")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many minutes")
+    parser.add_argument("--cache", type=Path, default=ROOT / "docs" / "img" / "accuracy.json")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args()
+    nets = [Net(*DIGITS, None, args.threads)]
+    nets += [Net(name, Path(model), Path(toml), args.limit, args.threads) for name, model, toml in args.net]
+    held = json.loads(args.cache.read_text()) if args.cache.exists() else {}
+    for net in nets:
+        net.cache = held.get(f"{net.name} {net.model.sha256[:12]} {net.limit}", {})
+    done = fill(nets, sorted(args.ratios), args.criteria, args.cache, time.monotonic() + 60 * args.minutes)
+    save(nets, args.cache)
+    names = [name for name in CRITERIA if name in args.criteria]
+    for net in nets:
+        plot(net, sorted(args.ratios), names, args.page.parent / "img")
+    text = args.page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    table = tables(nets, sorted(args.ratios), names)
+    args.page.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
+    if not done:
+        print("Time is up; the same command goes on.")
+
+
+if __name__ == "__main__":
+    main()
