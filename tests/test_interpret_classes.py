@@ -137,6 +137,13 @@ def test_groups_that_fit_no_class_are_refused(groups, says):
         class_sets(np.asarray([0, 1, 1]), ["lemon", "car"], groups)
 
 
+def test_classes_without_samples_are_left_out_of_a_group():
+    sets = class_sets(np.asarray([0, 1, 1]), ["lemon", "car", "bus"], {"wheels": ["bus", 1, 77]})
+    assert sets.labels == ((1,),)
+    with pytest.raises(DataError, match="No sample"):
+        class_sets(np.asarray([0, 1, 1]), ["lemon", "car", "bus"], {"far": ["bus"]})
+
+
 def test_groups_take_names_and_indices():
     sets = class_sets(np.asarray([0, 1, 1, 2]), ["lemon", "car", "bus"], {"wheels": ["car", 2, "bus"], "fruit": ["0"]})
     assert sets.samples.tolist() == [3, 1]

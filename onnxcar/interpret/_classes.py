@@ -143,7 +143,7 @@ def class_sets(
         groups: Name -> class names or output indices.
 
     Raises:
-        DataError: A group is empty or names a class that the data does not have.
+        DataError: A group names a class that the data does not know, or none of its classes has a sample.
     """
     from scipy import sparse
 
@@ -175,16 +175,21 @@ def _resolve(
             f"Group of classes {group!r} holds {wanted!r}. Give a list of class names or output indices, like "
             '{"fruit": ["lemon", "orange", 954]}.'
         )
-    by_name = {_name(i, names): i for i in occurring} | {str(i): i for i in occurring}
+    by_name = {name: i for i, name in enumerate(names or ())} | {str(i): i for i in occurring}
+    by_name |= {_name(i, names): i for i in occurring}
     found = []
     for entry in wanted:
-        if isinstance(entry, bool) or str(entry) not in by_name:
+        index = isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0
+        if not index and str(entry) not in by_name:
             near = difflib.get_close_matches(str(entry), by_name, 3) or list(by_name)[:3]
             raise DataError(
-                f"Group of classes {group!r} names {entry!r}, of which the data has no sample. "
+                f"Group of classes {group!r} names {entry!r}, which the data does not know. "
                 f"Near: {', '.join(map(repr, near))}. Correct the name or the output index, or leave it out."
             )
-        found.append(by_name[str(entry)])
+        found.append(int(entry) if index else by_name[str(entry)])
+    found = [label for label in found if label in occurring]  # a sample of the data need not hold every class
+    if not found:
+        raise DataError(f"No sample of the data is in the group of classes {group!r}. Leave it out, or give more data.")
     return tuple(dict.fromkeys(found))
 
 
