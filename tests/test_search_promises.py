@@ -208,3 +208,34 @@ def test_the_command_says_what_was_promised(tmp_path):
     )
     write(again, tmp_path / "n.onnx")
     assert (tmp_path / "n.onnx").read_bytes() == out.read_bytes()
+
+
+def test_a_search_that_recovers_on_the_way_sees_the_repaired_network_and_resumes_to_the_same_bytes(digits, tmp_path):
+    data = npz("select.npz").limit(120)
+    options = {"metric": "loss", "stop": Stop(steps=6), "per_step": 5, "scope": "global", "recover": "bias", **ONE}
+    whole = prune(digits, data, recover_every=10, journal=tmp_path / "a.jsonl", **options)
+    late = prune(digits, data, **options)
+    assert whole.record["arguments"]["recover_every"] == 10
+    # After ten groups the answers are those of a repaired network.
+    losses = [[step.mark.value for step in run.steps] for run in (whole, late)]
+    assert losses[0][:10] == pytest.approx(losses[1][:10], abs=1e-5)
+    assert losses[0][10:] != pytest.approx(losses[1][10:], abs=1e-3)
+    repaired = prune(digits, data, metric="loss", plan=_plan(digits, whole, 20), recover="bias", **ONE)
+    masked = prune(digits, data, metric="loss", plan=_plan(digits, whole, 20), **ONE)
+    # Step 5 was scored by masking on what was rebuilt at ten and twenty groups; step 4 ends at twenty.
+    gap = [abs(run.record["final"]["value"] - losses[0][19]) for run in (repaired, masked)]
+    assert gap[0] < gap[1]
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) > 6
+    for n in (3, len(lines) - 1):
+        (tmp_path / "b.jsonl").write_bytes(b"".join(lines[:n]))
+        again = prune(digits, data, recover_every=10, journal=tmp_path / "b.jsonl", **options)
+        assert (tmp_path / "b.jsonl").read_bytes() == b"".join(lines)
+        assert again.model.sha256 == whole.model.sha256
+        assert [step.mark for step in again.steps] == [step.mark for step in whole.steps]
+
+
+def _plan(digits, run, n):
+    from onnxcar.surgery import Plan
+
+    return Plan(step.group for step in run.steps[:n]).to_json(run.space)

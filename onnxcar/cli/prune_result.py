@@ -181,6 +181,11 @@ def _say_recovery(record: dict[str, Any]) -> None:
         f"changed; distance of the outputs to the original's on held-back samples {found['before']:.3g} -> "
         f"{found['after']:.3g}."
     )
+    if record["stopped"] == "max_drop" and not record["arguments"].get("recover_every"):
+        terminal().note(
+            "The search stopped at --max-drop of the network without recovery. --recover-every 16 lets it see the "
+            "recovered one and go further."
+        )
     if found["kept"]:
         terminal().warn("Recovery made the whole no better on held-back samples, so the weights stayed as they were.")
 
