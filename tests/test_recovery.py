@@ -13,7 +13,9 @@ from onnxcar.errors import DataError, PlanError
 from onnxcar.model import Model, from_proto
 from onnxcar.preprocess import Preprocess
 from onnxcar.recovery import METHODS, LayerFit, Recovered, recover
+from onnxcar.recovery._stream import Stream
 from onnxcar.rules import analyze
+from onnxcar.runtime import open_network
 from onnxcar.sources import ArraySource
 from onnxcar.surgery import Plan, remove
 from tests.graphs import Net, assert_valid, feeds, run, weights_of
@@ -327,12 +329,38 @@ def test_a_batch_fixed_in_the_file() -> None:
     assert found.after < found.before
 
 
-def test_little_memory_changes_nothing_but_the_time() -> None:
+@pytest.mark.parametrize("memory", [0, 10_000])
+def test_little_memory_changes_nothing_but_the_time(memory: int) -> None:
     model = with_norms()
-    little = recovered(model, "first", [0, 2], "least-squares", memory_bytes=200_000, batch_size=2)
-    much = recovered(model, "first", [0, 2], "least-squares", batch_size=2)
-    for name, value in weights_of(much.model).items():
-        np.testing.assert_array_equal(value, weights_of(little.model)[name])
+    data = samples(model, 12)
+    network = open_network(model)
+
+    def inputs(chunk: int) -> dict[str, np.ndarray]:
+        calls.append(chunk)
+        return network.session.bind(data.inputs(np.arange(4 * chunk, 4 * chunk + 4)))
+
+    makers = {n.name: n.output[0] for n in model.proto.graph.node}
+    watched = [makers["norm1"], makers["norm2"]]
+    found, asked = [], []
+    for bound in (memory, 1 << 30):
+        calls: list[int] = []
+        stream = Stream(network, model, inputs, 3, bound, "cpu")
+        parts = [list(stream.run([x], makers[y])) for x, y in zip(watched, ("reader", "head"), strict=True)]
+        values = [np.concatenate([c[x] for c in part]) for part, x in zip(parts, watched, strict=True)]
+        found.append(np.concatenate([v.ravel() for v in values]))
+        asked.append(len(calls))
+    np.testing.assert_array_equal(*found)
+    assert asked[1] == 3, "values between layers are held"
+    assert asked[0] > 3, "the network's inputs are asked for again"
+
+
+def test_what_waits_for_its_layer_is_bounded() -> None:
+    model = with_norms()
+    rows = [
+        fit_of(recovered(model, "first", [0, 2], "least-squares", n=200, memory_bytes=memory), "reader").rows
+        for memory in (1 << 30, 1 << 17)
+    ]
+    assert rows[1] < rows[0]
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import onnx
+from threadpoolctl import threadpool_limits
 
 from onnxcar.channels import ChannelSpace
 from onnxcar.errors import PlanError
@@ -92,9 +93,10 @@ class Reconstruction:
         n = len(data) // size * size if self._network.fixed else len(data)
         self._data, self._starts, self._size = data, range(0, n, size), size
         self._normal = {layer.index: Normal(*self._sizes(layer)) for layer in self._readers}
-        self._sum_up(seed)
-        self._all = {layer.index: self._surgeons(layer) for layer in self._readers}
-        self.weights = self._weigh()
+        with threadpool_limits(limits=threads, user_api="blas"):
+            self._sum_up(seed)
+            self._all = {layer.index: self._surgeons(layer) for layer in self._readers}
+            self.weights = self._weigh()
         self._gone: frozenset[int] = frozenset()
         self._costs: dict[int, dict[int, float]] = {}
 

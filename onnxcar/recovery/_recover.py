@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from threadpoolctl import threadpool_limits
 
 from onnxcar.channels import ChannelSpace
 from onnxcar.errors import PlanError
@@ -80,8 +81,10 @@ def recover(
     """
     if method not in METHODS:
         raise PlanError(f"There is no recovery {method!r}. Take one of {', '.join(METHODS)}.")
-    work = _Work(space, plan, compact, data, method, provider, threads, batch_size, memory_bytes, seed, progress)
-    return work.run()
+    # threads of a linear algebra library that spin beside another busy process cost more than they give
+    with threadpool_limits(limits=threads, user_api="blas"):
+        work = _Work(space, plan, compact, data, method, provider, threads, batch_size, memory_bytes, seed, progress)
+        return work.run()
 
 
 class _Work:
@@ -119,11 +122,16 @@ class _Work:
             self.layers = [layer for layer in self.layers if layer.direct]
         elif self.method == "bn":
             self.layers = []
+        self.share = 1.0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._probe(few)
         fixed = self.old.fixed or self.new.fixed
         size = fixed or min(batch_size or CHUNK, self._chunk())
         self.samples: Samples = deal(data, seed, size, whole=fixed is not None)
+        # what is aimed at waits in memory until its layer comes
+        each = [4 * x.filters * min(self._wanted(x), x.positions(self.shapes[x.output])) for x in self.layers]
+        waiting = sum(each) * len(data)
+        self.share = min(1.0, self.memory / 2 / max(waiting, 1))
         self.names = Names(compact.proto)
         self.final = onnx.ModelProto()
         self.final.CopyFrom(compact.proto)
@@ -257,9 +265,10 @@ class _Work:
     def _inputs(self, chunk: int) -> dict[str, Array]:
         return self._bound(self.new, self.samples.inputs(chunk))
 
-    def _wanted(self, layer: Linear, shape: tuple[int, ...]) -> int:
+    def _wanted(self, layer: Linear) -> int:
         rows = ROWS * (layer.inputs + 1)
-        return max(LEAST_POSITIONS, -(-rows // max(self.samples.fitted, 1)))
+        wanted = max(LEAST_POSITIONS, -(-rows // max(self.samples.fitted, 1)))
+        return max(1, int(wanted * self.share))
 
     def _aims(self) -> tuple[list[list[Any]], list[dict[str, Array]], float]:
         """What each job aims at, chunk by chunk; outputs of the original on held-back chunks; distance to them now."""
@@ -298,7 +307,7 @@ class _Work:
     def _at(self, layer: Linear, i: int, c: int, shape: tuple[int, ...]) -> Array:
         if self.method == "bias" and not self.samples.held(c):
             return np.arange(layer.positions(shape))  # a mean needs no memory
-        return self.samples.positions(i, c, layer.positions(shape), self._wanted(layer, shape))
+        return self.samples.positions(i, c, layer.positions(shape), self._wanted(layer))
 
     def _outer(self, layer: Linear, n: int) -> tuple[int, ...]:
         return (n, *self.shapes[layer.output][1:])

@@ -13,6 +13,7 @@ Array = npt.NDArray[Any]
 
 #: Ridge strengths tried, as a fraction of the mean variance of the inputs; infinite: only the bias is fitted.
 RIDGES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, np.inf)
+_LARGE = 48  # inputs from which on only one triangle of the products is summed up
 
 
 class Normal:
@@ -21,14 +22,14 @@ class Normal:
     Attributes:
         n: Rows summed up so far.
         x, t: Sums of inputs (blocks, d) and targets (blocks, m).
-        xx, xt: Sums of products, (blocks, d, d) and (blocks, d, m).
+        xt: Sums of products of inputs and targets, (blocks, d, m).
         tt: Sum of squared targets, (blocks, m).
     """
 
     def __init__(self, blocks: int, d: int, m: int) -> None:
         self.n = 0
         self.x, self.t = np.zeros((blocks, d)), np.zeros((blocks, m))
-        self.xx, self.xt = np.zeros((blocks, d, d)), np.zeros((blocks, d, m))
+        self._half, self.xt = np.zeros((blocks, d, d)), np.zeros((blocks, d, m))  # one triangle where it is large
         self.tt = np.zeros((blocks, m))
 
     def add(self, x: Array, t: Array) -> None:
@@ -38,9 +39,22 @@ class Normal:
         self.x += x.sum(1)
         self.t += t.sum(1)
         across = x.swapaxes(1, 2)
-        self.xx += across @ x
         self.xt += across @ t
         self.tt += np.square(t).sum(1)
+        if x.shape[2] < _LARGE:
+            self._half += across @ x
+            return
+        for b in range(len(x)):  # half of the products, in place; BLAS counts rows and columns the other way round
+            rows = np.ascontiguousarray(x[b]).T
+            scipy.linalg.blas.dsyrk(1.0, rows, beta=1.0, c=self._half[b].T, overwrite_c=True)
+
+    @property
+    def xx(self) -> Array:
+        """Sums of products of the inputs, (blocks, d, d)."""
+        if self._half.shape[1] < _LARGE:
+            return self._half
+        low = np.tril(self._half)
+        return np.asarray(low + np.tril(low, -1).swapaxes(1, 2))
 
     def error(self, weights: Array, bias: Array) -> float:
         """Mean squared distance of outputs to targets, summed over filters.
