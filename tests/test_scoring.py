@@ -23,6 +23,7 @@ class Samples:
     classes = None
     path = "memory"
     has_labels = True
+    outputs = None
 
     def __init__(self, x, labels):
         self.x, self.labels = x, labels

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from onnxcar.executors import Pool
+from onnxcar.scoring._bet import Bet
 from onnxcar.scoring._order import risk_order
 from onnxcar.scoring._race import Board, Log, Rank, Runner, race
 from onnxcar.scoring._state import State
 
-__all__ = ["Contest", "guess", "lowest", "order_images", "remember", "start"]
+__all__ = ["Contest", "compete", "guess", "lowest", "order_images", "remember", "start"]
+
+FEW = 200  # images from which a bet can be worth it
+BARGAIN = 0.7  # it must be expected to take so much less than counting
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +32,7 @@ class Contest:
         hints: Group -> its place in the caller's expectation, 0 = lowest.
         largest: What one image costs at most.
         typical: What one error costs about.
+        risk: Probability with which a candidate that should win may be dropped; None: never.
     """
 
     removed: frozenset[int]
@@ -36,6 +42,7 @@ class Contest:
     hints: dict[int, int]
     largest: int
     typical: float
+    risk: float | None = None
 
 
 def lowest(
@@ -69,12 +76,51 @@ def lowest(
 
 
 def _race(asked: Contest, board: Board, lined_up: Sequence[tuple[State, list[Runner]]]) -> None:
-    runners = [runner for _, some in lined_up for runner in some]
-    if not runners:
+    entered = [(state, runner) for state, some in lined_up for runner in some]
+    if not entered:
         return
-    race(runners, board, guess(asked, runners), asked.largest, lined_up[0][0].pool)
+    compete(asked, board, entered, lined_up[0][0].pool)
     for state, some in lined_up:
         remember(state, some)
+
+
+def compete(asked: Contest, board: Board, entered: Sequence[tuple[State, Runner]], pool: Pool) -> None:
+    """Race candidates whose images are all in memory.
+
+    Where an error is allowed, the expected winners are run to the end first; what they cost is what the others bet
+    against.
+    """
+    if asked.risk is not None and len(entered) > asked.k:
+        entered = sorted(entered, key=lambda at: (at[1].rank.of(int(at[1].hope)), at[1].hope))
+        race([runner for _, runner in entered[: asked.k]], board, board.bound or 0.0, asked.largest, pool)
+        entered = entered[asked.k :]
+        if board.bound is not None:
+            for state, runner in entered:
+                _offer_bet(asked, state, runner, board.bound)
+    runners = [runner for _, runner in entered]
+    if runners:
+        race(runners, board, guess(asked, runners), asked.largest, pool)
+
+
+def _offer_bet(asked: Contest, state: State, runner: Runner, bound: float) -> None:
+    """Give a candidate a bet if that will likely decide sooner than counting its likeliest errors."""
+    assert asked.risk is not None
+    limit, n = runner.rank.most(bound), len(runner.order)
+    if limit is None or n < FEW:
+        return
+    before = state.costs[runner.order]
+    change = float(np.abs(np.diff(runner.risk) - before).sum()) / n
+    gap = (runner.hope - limit) / n
+    counting = runner.needs(limit) if runner.hope > limit else n
+    betting = -2.0 * np.log(asked.risk) * asked.largest * (change + gap / 3) / gap**2 if gap > 0 else np.inf
+    if betting > BARGAIN * min(counting, n):
+        return
+    chances = float(runner.risk[-1]) / n
+    # An order of its own for each candidate and step, from nothing but who they are.
+    seed = [runner.group, len(asked.removed), sum(asked.removed)]
+    shuffled = np.random.default_rng(seed).permutation(np.sort(runner.order))
+    runner.line_up(shuffled, np.full(n, chances))
+    runner.bet = Bet(state.costs[shuffled], runner.cost, limit, asked.largest, asked.risk)
 
 
 def guess(asked: Contest, runners: Sequence[Runner]) -> float:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from onnxcar.executors import Pool
 from onnxcar.metrics import Rows
+from onnxcar.scoring._bet import Bet
 
 __all__ = ["Board", "Key", "Lane", "Log", "Race", "Rank", "Runner", "race"]
 
@@ -56,6 +57,15 @@ class Rank:
         if self.saved is None:
             return int(rank)
         return self.base + (int(rank * self.saved) if math.isfinite(rank) else 0)
+
+    def most(self, rank: float) -> int | None:
+        """The largest cost whose rank is no higher; None if there is no largest."""
+        if not math.isfinite(rank) or (self.saved is not None and self.saved <= 0):
+            return None
+        cost = self.reaches(rank) - 1
+        while self.of(cost + 1) <= rank:
+            cost += 1
+        return cost
 
 
 class Lane(Protocol):
@@ -135,6 +145,7 @@ class Runner:
         version: Of its place in the queue.
         out: Whether it is known not to be among the best.
         more: Whether it has images besides those of `order`, in a later race.
+        bet: Where an error is allowed: decides from images in random order, which `order` then is.
     """
 
     group: int
@@ -151,6 +162,16 @@ class Runner:
     version: int = 0
     out: bool = False
     more: bool = False
+    bet: Bet | None = None
+    staked: int = 0
+
+    def settle(self) -> None:
+        """Let the bet see all results that have come back without a gap."""
+        if self.bet is not None and not self.bet.sure:
+            missing = np.isnan(self.log.margin[self.order[self.staked :]])
+            n = int(missing.argmax()) if missing.any() else len(missing)
+            self.bet.see(self.log.cost[self.order[self.staked : self.staked + n]])
+            self.staked += n
 
     def line_up(self, order: Indices, chances: npt.NDArray[np.float64]) -> None:
         """Take images to run, and the chance of each to be an error."""
@@ -282,7 +303,7 @@ class Race:
         return batch
 
     def _is_out(self, runner: Runner) -> bool:
-        runner.out = runner.out or self.board.out(runner)
+        runner.out = runner.out or self.board.out(runner) or (runner.bet is not None and runner.bet.sure)
         return runner.out
 
     def _take(self, runner: Runner, n: int) -> tuple[Runner, int, Indices]:
@@ -302,6 +323,7 @@ class Race:
             runner.loss += int(rows.loss[where].sum())
             # Batches may come back in another order; how many are counted is all that matters here.
             runner.counted += n
+            runner.settle()
             start += n
             if runner.done and not runner.more:
                 self.board.enter(runner)

@@ -16,6 +16,7 @@ from onnxcar.facts import trace
 from onnxcar.metrics import LOSS_ONE, Metric, Score, Tally, metric
 from onnxcar.model import Model
 from onnxcar.runtime import n_cores, open_network, resolve_provider
+from onnxcar.scoring._bet import risk_of
 from onnxcar.scoring._evaluate import SHARE, feeds, free_bytes, judge_for, samples_per_run
 from onnxcar.scoring._lowest import Contest, lowest
 from onnxcar.scoring._race import Key, Log, Rank, Runner
@@ -61,6 +62,7 @@ class Scorer:
         threads: int | None = None,
         memory_bytes: int | None = None,
         batch_size: int | None = None,
+        approximate: float | None = None,
     ) -> None:
         """Load the network and look at a few samples.
 
@@ -72,6 +74,8 @@ class Scorer:
             threads: Of a run; None = all cores.
             memory_bytes: Bound on activations and inputs in memory; None = a quarter of what is free.
             batch_size: Rows of a run; None = chosen from the bound.
+            approximate: Probability that any pick of a whole search (steps that remove more and more groups) is not
+                that of the full count; None: exact.
 
         Raises:
             DataError: No samples, no labels, a wrong shape, a label outside the classes.
@@ -83,6 +87,7 @@ class Scorer:
         self.metric = _metric(metric)
         self._memory = memory_bytes or free_bytes() // SHARE
         self._batch = batch_size
+        self._risk = approximate
         few = np.arange(min(4, len(data)), dtype=np.int64)
         sample = data.inputs(few) if len(few) else {}
         tried = sample if all(len(value) > 1 for value in sample.values()) and sample else None
@@ -238,7 +243,8 @@ class Scorer:
         by_site = self._by_site(candidates)
         self.work.add(pairs=len(self.data) * len(candidates))
         hints = {group: i for i, group in enumerate(order_hint or ())}
-        asked = Contest(gone, k, rank, saved, hints, self._judge.largest_cost, self._judge.typical_cost)
+        risk = None if self._risk is None else risk_of(self._risk, len(gone), k)
+        asked = Contest(gone, k, rank, saved, hints, self._judge.largest_cost, self._judge.typical_cost, risk)
         wide = self._open_wide() if self.all_sites else None
         if wide is not None:
             return [self._picked(runner, gone) for runner in wide.lowest(asked, by_site)]

@@ -69,6 +69,7 @@ class State:
         removed: Groups that are masked at present.
         base: What the network says without any candidate, as far as it was run.
         margins: About the margins of all images without any candidate, (n,): an expectation, no result.
+        costs: About their costs, (n,), likewise.
         norms: Group -> size of its channels on each image of the block where they are read; only where all reads are
             cut values.
         shifts: Group -> what its removal did to each image's margin when it was last run, (n,), NaN = never run.
@@ -90,13 +91,14 @@ class State:
     removed: frozenset[int] | None = None
     base: Log = field(init=False)
     margins: npt.NDArray[np.float32] = field(init=False)
+    costs: npt.NDArray[np.int64] = field(init=False)
     norms: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     shifts: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     logs: dict[int, Log] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.base = Log.empty(self.n)
-        self.margins = self.base.margin
+        self.margins, self.costs = self.base.margin, self.base.cost
 
     @property
     def n_bytes(self) -> int:
@@ -157,7 +159,7 @@ class State:
     def reset(self, removed: frozenset[int], base: Log) -> None:
         """Mask `removed`, of which `base` says what the network says; a `Trunk` fills it and makes the blocks."""
         self.removed, self.base, self.block, self.logs = removed, base, None, {}
-        self.margins = base.margin
+        self.margins, self.costs = base.margin, base.cost
         self.site.set_removed(removed)
 
     def adopt(self, block: Block) -> None:
@@ -180,9 +182,9 @@ class State:
             same = np.logical_and.reduce([self.norms[group] == 0 for group in new]) if new else ~same
         last = self.logs.get(next(iter(new))) if grown and len(new) == 1 else None
         self.base = self.base.only(same)
-        self.margins = self.base.margin
+        self.margins, self.costs = self.base.margin, self.base.cost
         if last is not None and not np.isnan(last.margin).any():
-            self.margins = last.margin
+            self.margins, self.costs = last.margin, last.cost
         self.logs = (
             {group: log.only(same) for group, log in self.logs.items() if group not in removed} if same.any() else {}
         )
@@ -197,7 +199,7 @@ class State:
         images = self.block.indices
         if np.isnan(self.margins[images]).any():
             self.run_base(images)
-            self.margins = self.base.margin
+            self.margins, self.costs = self.base.margin, self.base.cost
         still = [self.norms[group] == 0 for group in groups if group in self.norms]
         if still:
             self.run_base(images[np.logical_or.reduce(still)])

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from onnxcar._judge import Judge
 from onnxcar.executors import Pool
-from onnxcar.scoring._lowest import Contest, guess, order_images, remember, start
+from onnxcar.scoring._lowest import Contest, compete, guess, order_images, remember, start
 from onnxcar.scoring._race import Board, Log, Runner, race
 from onnxcar.scoring._state import State, Work
 from onnxcar.scoring._trunk import Trunk
@@ -126,9 +126,7 @@ class Wide:
         lined_up = [(self.states[key], group) for key, groups in sites.items() if key for group in groups]
         if self.fits >= self.n:
             entered = [(state, start(asked, state, group)) for state, group in lined_up]
-            runners = [runner for _, runner in entered]
-            if runners:
-                race(runners, board, guess(asked, runners), asked.largest, self._pool)
+            compete(asked, board, entered, self._pool)
             for state, runner in entered:
                 remember(state, [runner])
         else:
