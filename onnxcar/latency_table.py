@@ -37,8 +37,7 @@ __all__ = ["Pace", "Table", "measure_table", "monotone"]
 
 Floats = npt.NDArray[np.float64]
 WIDTHS = (1.0, 0.75, 0.5, 0.25, 0.1)  # of the network, in filters of each layer
-ROUNDS = 15  # of one layer; its median is taken
-WHOLE_ROUNDS = 40
+ROUNDS = 15  # of one layer
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ def measure_table(
                 found[i].append((float(sizes[i]), seconds))
     opened = [session(model, provider=where, threads=threads) for model in models]
     runs: list[Callable[[], Any]] = [partial(one.run, feeds_of(one, data)) for one in opened]
-    took = [latency.spread.median for latency in interleave(runs, WHOLE_ROUNDS)]
+    took = [latency.spread.q1 for latency in interleave(runs)]  # what disturbs a run only ever makes it longer
     return Table.fitted(found, list(zip(macs, took, strict=True)))
 
 
@@ -228,7 +227,7 @@ class _Timer:
         self.known: dict[tuple[Any, ...], float | None] = {}
 
     def layers(self, model: Model, data: Dataset | None, outputs: Sequence[str]) -> list[float | None]:
-        """Median seconds of the nodes that make these values; None for one that cannot be run on its own."""
+        """Seconds (the lower quartile) of the nodes that make these values; None for one that cannot be run on its own."""
         proto = plain(model.proto)
         constant = {t.name: tuple(t.dims) for t in proto.graph.initializer}
         producer = {name: node for node in proto.graph.node for name in node.output}
@@ -273,6 +272,6 @@ class _Timer:
             part = cut(model, list(given), [output])
             opened = session(Model(part, "", model.path), provider=self.where, threads=self.threads)
             bound = opened.bind(given)
-            return interleave([partial(opened.run, bound)], ROUNDS)[0].spread.median
+            return interleave([partial(opened.run, bound)], ROUNDS)[0].spread.q1
         except OnnxcarError:
             return None  # the rest takes it in
