@@ -1,9 +1,9 @@
 """How long a network takes without some groups, from a table of its layers measured here at a few widths.
 
 Time does not follow MACs: small layers cost what a call costs, wide ones what memory costs. So each layer is timed on
-its own in the network pruned evenly to some widths, and the time of any other network is read off between them. What
-the layers leave open (the other nodes, what they share or pay when they run one after the other) is fitted to whole
-networks of the same widths: seconds = rest + scale * sum over layers.
+its own in the network pruned evenly to some widths, and its time at any other size is read off between them. What the
+layers leave open (the other nodes, what they share or pay when they run one after the other) is read off whole networks
+of the same widths: the sum of the layers -> seconds of the network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from scipy.optimize import nnls
 
 from onnxcar import surgery
 from onnxcar._graphs import plain
@@ -38,6 +37,7 @@ __all__ = ["Pace", "Table", "measure_table", "monotone"]
 Floats = npt.NDArray[np.float64]
 WIDTHS = (1.0, 0.75, 0.5, 0.25, 0.1)  # of the network, in filters of each layer
 ROUNDS = 15  # of one layer
+WHOLE_ROUNDS = 40
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ class Table:
     """Seconds of layers at some widths.
 
     Attributes:
-        rest: Seconds that no layer explains.
-        scale: What a second of a layer on its own is in the network.
         layers: For each term of the space its (MACs, seconds), MACs ascending, seconds never falling; empty where the
             layer could not be run on its own.
-        whole: (sum of the layers, measured) seconds of the networks that were timed as a whole, the original first.
+        whole: (sum of the layers, measured) seconds of the networks that were timed as a whole, both ascending.
     """
 
-    rest: float
-    scale: float
     layers: tuple[tuple[tuple[float, float], ...], ...]
     whole: tuple[tuple[float, float], ...]
 
     def seconds(self, macs: Floats) -> float:
         """Predicted seconds of a network whose terms have these MACs, (n_terms,)."""
-        return self.rest + self.scale * self.total(macs)
+        total = self.total(macs)
+        sums, took = np.asarray(self.whole, np.float64).T
+        if total < sums[0]:
+            return float(took[0] * total / sums[0])
+        return float(np.interp(total, sums, took))
 
     def total(self, macs: Floats) -> float:
         """Sum of the layers on their own."""
@@ -74,8 +74,6 @@ class Table:
     def to_json(self) -> dict[str, Any]:
         """As in the journal and the record."""
         return {
-            "rest": self.rest,
-            "scale": self.scale,
             "layers": [[list(point) for point in points] for points in self.layers],
             "whole": [list(pair) for pair in self.whole],
         }
@@ -84,27 +82,22 @@ class Table:
     def from_json(cls, obj: dict[str, Any]) -> Table:
         """Read back."""
         layers = tuple(tuple((float(m), float(s)) for m, s in points) for points in obj["layers"])
-        whole = tuple((float(a), float(b)) for a, b in obj["whole"])
-        return cls(float(obj["rest"]), float(obj["scale"]), layers, whole)
+        return cls(layers, tuple((float(a), float(b)) for a, b in obj["whole"]))
 
     @classmethod
-    def fitted(cls, layers: Sequence[Sequence[tuple[float, float]]], networks: Sequence[tuple[Floats, float]]) -> Table:
+    def of(cls, layers: Sequence[Sequence[tuple[float, float]]], networks: Sequence[tuple[Floats, float]]) -> Table:
         """A table of raw measurements.
 
         Args:
             layers: (MACs, seconds) of each term, in any order.
-            networks: (MACs of the terms, seconds) of whole networks, the original first.
+            networks: (MACs of the terms, seconds) of whole networks, the original among them.
         """
-        raw = cls(0.0, 1.0, tuple(monotone(points) for points in layers), ())
-        sums = np.asarray([raw.total(macs) for macs, _ in networks])
-        took = np.asarray([seconds for _, seconds in networks])
-        # Relative errors count: the small networks are where a search ends.
-        (rest, scale), _ = nnls(np.stack([1 / took, sums / took], 1), np.ones(len(took)))
-        return cls(float(rest), float(scale), raw.layers, tuple(zip(sums.tolist(), took.tolist(), strict=True)))
+        raw = cls(tuple(monotone(points) for points in layers), ())
+        return cls(raw.layers, monotone([(raw.total(macs), seconds) for macs, seconds in networks]))
 
 
 def monotone(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """The points by rising MACs, seconds never falling: each is the least of its own and all wider ones.
+    """The points by rising size, seconds never falling: each is the least of its own and all larger ones.
 
     A narrower layer that was slower was disturbed, or has a count that does not fit the processor; the wider one is
     there to be had instead.
@@ -113,12 +106,12 @@ def monotone(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float]
     ((1, 1.0), (2, 2.0), (4, 2.0))
     """
     found: dict[float, float] = {}
-    for macs, seconds in points:
-        found[macs] = min(seconds, found.get(macs, seconds))
+    for size, seconds in points:
+        found[size] = min(seconds, found.get(size, seconds))
     least, out = float("inf"), []
-    for macs in sorted(found, reverse=True):
-        least = min(least, found[macs])
-        out.append((macs, least))
+    for size in sorted(found, reverse=True):
+        least = min(least, found[size])
+        out.append((size, least))
     return tuple(reversed(out))
 
 
@@ -215,8 +208,10 @@ def measure_table(
                 found[i].append((float(sizes[i]), seconds))
     opened = [session(model, provider=where, threads=threads) for model in models]
     runs: list[Callable[[], Any]] = [partial(one.run, feeds_of(one, data)) for one in opened]
-    took = [latency.spread.q1 for latency in interleave(runs)]  # what disturbs a run only ever makes it longer
-    return Table.fitted(found, list(zip(macs, took, strict=True)))
+    took = [
+        latency.spread.q1 for latency in interleave(runs, WHOLE_ROUNDS)
+    ]  # what disturbs a run only ever makes it longer
+    return Table.of(found, list(zip(macs, took, strict=True)))
 
 
 class _Timer:
@@ -227,7 +222,7 @@ class _Timer:
         self.known: dict[tuple[Any, ...], float | None] = {}
 
     def layers(self, model: Model, data: Dataset | None, outputs: Sequence[str]) -> list[float | None]:
-        """Seconds (the lower quartile) of the nodes that make these values; None for one that cannot be run on its own."""
+        """Seconds (lower quartile) of the nodes that make these values; None for one that cannot be run alone."""
         proto = plain(model.proto)
         constant = {t.name: tuple(t.dims) for t in proto.graph.initializer}
         producer = {name: node for node in proto.graph.node for name in node.output}

@@ -20,18 +20,17 @@ from onnxcar.steps import Choice, Stop
 def test_a_table_reads_off_what_was_measured_and_between():
     layers = [[(100.0, 2.0), (50.0, 1.0)], [(10.0, 0.5)], []]
     whole = [(np.asarray([100.0, 10, 7]), 6.0), (np.asarray([50.0, 10, 7]), 4.0)]
-    table = Table.fitted(layers, whole)
-    # 6 = rest + scale (2 + 0.5) and 4 = rest + scale (1 + 0.5).
-    assert (table.rest, table.scale) == (pytest.approx(1.0), pytest.approx(2.0))
-    assert table.seconds(np.asarray([75.0, 10, 7])) == pytest.approx(1 + 2 * (1.5 + 0.5))
-    assert table.seconds(np.asarray([1.0, 10, 7])) == pytest.approx(4.0)  # below the narrowest there is no less
+    table = Table.of(layers, whole)
+    assert table.whole == ((1.5, 4.0), (2.5, 6.0))  # sums of the layers, and what the networks took
+    assert [table.seconds(np.asarray([m, 10.0, 7.0])) for m in (100, 75, 50)] == [6.0, 5.0, 4.0]
+    assert table.seconds(np.asarray([1.0, 10, 7])) == 4.0  # below the narrowest layer there is no less
     assert Table.from_json(table.to_json()) == table
 
 
-def test_what_layers_cannot_explain_is_never_negative():
-    table = Table.fitted([[(100.0, 2.0), (50.0, 1.0)]], [(np.asarray([100.0]), 4.0), (np.asarray([50.0]), 1.0)])
-    assert table.rest >= 0
-    assert table.scale > 0
+def test_below_the_smallest_network_time_follows_the_layers():
+    wide = [(np.asarray([100.0, 10]), 6.0), (np.asarray([50.0, 10]), 4.0)]
+    table = Table.of([[(100.0, 2.0), (50.0, 1.0), (1.0, 0.1)], [(10.0, 0.5)]], wide)
+    assert table.seconds(np.asarray([1.0, 10.0])) == pytest.approx(4.0 * 0.6 / 1.5)
 
 
 def test_a_narrower_layer_is_never_slower_than_a_wider_one():
