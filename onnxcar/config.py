@@ -86,6 +86,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "target_latency": Key("number"),
         "sweep": Key("numbers"),
         "guarantee": Key("number"),
+        "approximate": Key("number"),
         "time_limit": Key("amount"),
         "steps": Key("int"),
         "per_step": Key("int"),

@@ -109,6 +109,7 @@ class Pruning:
         recover_every: int = 0,
         calibration_data: Dataset | None = None,
         guarantee: float | None = None,
+        approximate: float | None = None,
         drop_outputs: bool = False,
         seed: int = 0,
         planned: bool = False,
@@ -129,6 +130,7 @@ class Pruning:
         rule = stop if stop is not None and stop.any else DEFAULT_STOP
         row = find(criterion)
         _check_numbers(scope, per_step, min_filters, multiple_of)
+        _check_risk(approximate, row)
         _check_data(row, rule, data, planned)
         _check_recovery(recover, recover_every, data, calibration_data)
         if drop_outputs and (data is None or data.outputs is None):
@@ -160,6 +162,7 @@ class Pruning:
             "recover": recover,
             "recover_every": recover_every,
             "guarantee": guarantee,
+            "approximate": approximate,
             "classes": None if data is None or data.outputs is None else data.outputs.tolist(),
             "drop_outputs": drop_outputs,
             "seed": seed,
@@ -170,7 +173,7 @@ class Pruning:
             models: dict[str, Any] = {}
             if recover_every:
                 models = {"rebuild": finisher.rebuilt, "due": every_groups(recover_every)}
-            scorer = Shrinking(space, data, metric=metric, **models, **asdict(on))
+            scorer = Shrinking(space, data, metric=metric, approximate=approximate, **models, **asdict(on))
         return cls(
             space=space,
             data=data,
@@ -343,6 +346,18 @@ def _check_numbers(scope: str, per_step: int, min_filters: int, multiple_of: int
     for name, value in (("per_step", per_step), ("min_filters", min_filters), ("multiple_of", multiple_of)):
         if value is not None and value != "auto" and (not isinstance(value, int) or value < 1):
             raise PlanError(f"{name} is {value!r}, and must be a whole number of at least 1.", field=name)
+
+
+def _check_risk(approximate: float | None, row: Criterion) -> None:
+    if approximate is None:
+        return
+    if not 0 < approximate < 1:
+        raise PlanError(
+            f"approximate is {approximate}, and must be a probability of an error, between 0 and 1: 0.05.",
+            field="approximate",
+        )
+    if row.name != "car":
+        raise PlanError(f"approximate is about CAR, and the criterion is {row.name}. Leave one of them out.")
 
 
 def _check_data(row: Criterion, stop: Stop, data: Dataset | None, planned: bool) -> None:

@@ -86,6 +86,7 @@ def prune(
     recover_every: int = 0,
     calibration_data: Dataset | None = None,
     guarantee: float | None = None,
+    approximate: float | None = None,
     drop_outputs: bool = False,
     seed: int = 0,
     plan: Mapping[str, Any] | str | Path | None = None,
@@ -126,6 +127,8 @@ def prune(
         calibration_data: What recovery fits on, labels not needed; default `data`.
         guarantee: Confidence with which the drop on unseen data is below `stop.max_drop`; a part of `data` is kept
             untouched for the test, see `onnxcar.guarantee`.
+        approximate: Probability that any pick of the search is not that of the full count; buys time where there are
+            many images or many errors. None: exact.
         drop_outputs: Where `data` are of some classes only (`Dataset.only`): remove the output rows of the others.
         seed: Of everything random.
         plan: Remove exactly this instead of searching: a plan, a record, or a file of either.
@@ -163,6 +166,7 @@ def prune(
         recover_every=recover_every,
         calibration_data=calibration_data,
         guarantee=guarantee,
+        approximate=approximate,
         drop_outputs=drop_outputs,
         seed=seed,
         planned=plan is not None,

@@ -469,3 +469,13 @@ def test_a_compact_model_is_a_valid_model_of_its_own(residual, samples, tmp_path
     onnx.checker.check_model(tmp_path / "a.onnx", full_check=True)
     again = prune(load(tmp_path / "a.onnx"), criterion="l2", stop=Stop(ratio=0.3), provider="cpu")
     assert again.record["removed"]
+
+
+def test_an_allowed_error_is_in_the_record_and_only_for_car(residual, samples):
+    run = prune(residual, samples[0], stop=Stop(steps=2), scope="global", approximate=0.05, provider="cpu")
+    assert run.record["arguments"]["approximate"] == 0.05
+    assert len(run.steps) == 2
+    with pytest.raises(PlanError, match="approximate is about CAR"):
+        prune(residual, criterion="l1", stop=Stop(steps=2), approximate=0.05)
+    with pytest.raises(PlanError, match="a probability of an error"):
+        prune(residual, samples[0], stop=Stop(steps=2), approximate=1.5)

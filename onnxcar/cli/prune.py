@@ -57,6 +57,7 @@ _SAME: tuple[str, ...] = (
     "recover",
     "recover_every",
     "drop_outputs",
+    "approximate",
     "seed",
     "verify",
     "threads",
@@ -171,6 +172,13 @@ def _fractions(ctx: click.Context, param: click.Parameter, value: tuple[float, .
     type=Fraction(),
     metavar="P",
     help="--max-drop holds on unseen data with confidence P: a part of --data is kept untouched for the test.",
+)
+@option(
+    "--approximate",
+    section=_WHAT,
+    type=Fraction(),
+    metavar="P",
+    help="Faster on many images: with probability P at most any pick differs from the exact one.  [default: exact]",
 )
 @option("--time-limit", section=_STOP, type=TIME, metavar="T", help="In time (30m, 8h), with the best so far.")
 @option("--per-step", section=_STOP, type=Count(), default=1, metavar="K", help="Groups a step.  [default: 1]")

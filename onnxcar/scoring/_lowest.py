@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcar.executors import Pool
+from onnxcar.metrics import LOSS_ONE
 from onnxcar.scoring._bet import Bet
 from onnxcar.scoring._order import risk_order
 from onnxcar.scoring._race import Board, Log, Rank, Runner, race
@@ -119,7 +120,7 @@ def _offer_bet(asked: Contest, state: State, runner: Runner, bound: float) -> No
     # An order of its own for each candidate and step, from nothing but who they are.
     seed = [runner.group, len(asked.removed), sum(asked.removed)]
     shuffled = np.random.default_rng(seed).permutation(np.sort(runner.order))
-    runner.line_up(shuffled, np.full(n, chances))
+    runner.line_up(shuffled, np.full(n, chances), np.full(n, float(runner.toll[-1]) / n))
     runner.bet = Bet(state.costs[shuffled], runner.cost, limit, asked.largest, asked.risk)
 
 
@@ -161,8 +162,9 @@ def order_images(
     todo = np.isnan(runner.log.margin[images])
     sizes = None if norms is None else norms[todo]
     shift, open_ = state.shifts.get(runner.group), images[todo]
-    order, chances = risk_order(state.margins[open_], None if shift is None else shift[open_], sizes)
-    runner.line_up(open_[order], chances * asked.typical)
+    order, chances, losses = risk_order(state.margins[open_], None if shift is None else shift[open_], sizes)
+    losses *= LOSS_ONE
+    runner.line_up(open_[order], losses if state.judge.metric.name == "loss" else chances * asked.typical, losses)
 
 
 def _by_blocks(asked: Contest, board: Board, state: State, groups: Sequence[int], size: int) -> None:

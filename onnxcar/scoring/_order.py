@@ -8,6 +8,7 @@ import numpy.typing as npt
 __all__ = ["risk_order"]
 
 Indices = npt.NDArray[np.int64]
+TIE = 1.5  # fewer errors than that above those without the candidate: nearly a tie
 KNOWN = 0.3  # how far a shift measured in an earlier step is trusted: its error, relative to an unknown shift's size
 
 
@@ -15,8 +16,8 @@ def risk_order(
     margins: npt.NDArray[np.float32],
     shift: npt.NDArray[np.float32] | None,
     norm: npt.NDArray[np.float32] | None,
-) -> tuple[Indices, npt.NDArray[np.float64]]:
-    """The order of some images by falling risk, and in that order about what each will cost.
+) -> tuple[Indices, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The order of some images by falling risk, and in that order the chance of each to be wrong, and about its loss.
 
     An image's margin without the candidate is today's margin plus a shift. Where an earlier step has measured the
     shift it is near that; elsewhere it is around zero, in proportion to the size of the candidate's channels.
@@ -28,7 +29,7 @@ def risk_order(
     """
     n = len(margins)
     if n == 0:
-        return np.zeros(0, np.int64), np.zeros(0)
+        return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
     margin = np.nan_to_num(margins.astype(np.float64), nan=0.0, posinf=1e3, neginf=-1e3)
     size = np.ones(n) if norm is None else norm.astype(np.float64)
     size = size / max(float(size.mean()), 1e-30)
@@ -39,8 +40,10 @@ def risk_order(
         unit = max(float(np.sqrt(np.mean(np.square(moved[known] / np.maximum(size[known], 1e-3))))), 1e-6)
     sigma = np.maximum(unit * size * np.where(known, KNOWN, 1.0), 1e-6)
     z = (margin + moved) / sigma
-    order = np.argsort(z, kind="stable")
-    return order, _below_zero(z[order])
+    chances = _below_zero(z)
+    # A candidate that will hardly make more errors than there are is out by its loss, if at all.
+    order = np.argsort(margin + moved if chances.sum() < (margin < 0).sum() + TIE else z, kind="stable")
+    return order, chances[order], np.logaddexp(0.0, -(margin + moved))[order]
 
 
 def _below_zero(z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

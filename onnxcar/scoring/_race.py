@@ -138,6 +138,7 @@ class Runner:
         rank: What its cost is compared as.
         log: Where its results go.
         risk: Errors expected before each position of `order`, (len + 1,); decides what runs next, and nothing else.
+        toll: Loss expected before each position, likewise.
         cost: Counted so far.
         loss: Counted so far.
         at: How many of `order` are counted or under way.
@@ -155,6 +156,7 @@ class Runner:
     rank: Rank
     log: Log
     risk: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    toll: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
     cost: int = 0
     loss: int = 0
     at: int = 0
@@ -173,10 +175,16 @@ class Runner:
             self.bet.see(self.log.cost[self.order[self.staked : self.staked + n]])
             self.staked += n
 
-    def line_up(self, order: Indices, chances: npt.NDArray[np.float64]) -> None:
-        """Take images to run, and the chance of each to be an error."""
+    def line_up(self, order: Indices, chances: npt.NDArray[np.float64], losses: npt.NDArray[np.float64]) -> None:
+        """Take images to run, and what each is expected to cost and to lose."""
         self.order, self.at, self.counted = order, 0, 0
         self.risk = np.concatenate([[0.0], np.cumsum(chances)])
+        self.toll = np.concatenate([[0.0], np.cumsum(losses)])
+
+    @property
+    def dread(self) -> float:
+        """What its loss is expected to be once all images of `order` are counted."""
+        return self.loss + float(self.toll[-1] - self.toll[self.counted])
 
     @property
     def hope(self) -> float:
@@ -188,10 +196,16 @@ class Runner:
         """What its cost is expected to be once all batches under way are counted."""
         return self.cost + float(self.risk[self.at] - self.risk[self.counted])
 
-    def needs(self, cost: float) -> int:
-        """About how many more images it takes to cost more than `cost`."""
+    def needs(self, cost: float, loss: float | None = None) -> int:
+        """About how many more images it takes to cost more than `cost`, or to lose more than `loss`."""
         wanted = self.risk[self.at] + EAGER * max(cost + 1 - self.expected, 0.0)
-        return int(np.searchsorted(self.risk, wanted)) - self.at
+        by_cost = int(np.searchsorted(self.risk, wanted)) - self.at
+        if not loss or self.loss > loss:
+            return by_cost  # who lost more and is not out will cost less
+        lost = self.loss + float(self.toll[self.at] - self.toll[self.counted])
+        by_loss = int(np.searchsorted(self.toll, self.toll[self.at] + max(loss - lost, 0.0))) - self.at
+        # What is expected may be too much: who is not out goes on with a quarter more each time.
+        return min(by_cost, max(by_loss, self.at // 4))
 
     @property
     def key(self) -> Key:
@@ -233,6 +247,11 @@ class Board:
         """Rank of the k-th best, None while there are fewer."""
         return self.best[-1][0][0] if len(self.best) == self.k else None
 
+    @property
+    def loss(self) -> int | None:
+        """Loss of the k-th best, None while there are fewer."""
+        return self.best[-1][0][1] if len(self.best) == self.k else None
+
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
@@ -253,7 +272,7 @@ class Race:
         """Line up the runners; see `race`."""
         self.board = board
         self._guess, self._largest = guess, largest
-        self._heaps: dict[int, list[tuple[tuple[float, float], int, int, Runner]]] = {}
+        self._heaps: dict[int, list[tuple[tuple[float, float, float], int, int, Runner]]] = {}
         self._serial = 0
         for runner in runners:
             if not runner.done:
@@ -265,7 +284,7 @@ class Race:
         """Queue a candidate by what it will cost when all that is under way has come back."""
         self._serial += 1
         runner.version = self._serial
-        urgency = (runner.rank.of(int(runner.expected)), runner.hope)
+        urgency = (runner.rank.of(int(runner.expected)), runner.rank.of(int(runner.hope)), runner.dread)
         heapq.heappush(self._heaps.setdefault(id(runner.lane), []), (urgency, self._serial, runner.version, runner))
 
     def next(self) -> _Batch | None:
@@ -277,10 +296,11 @@ class Race:
                 return _Batch(found[0][0].lane, tuple(self._take(runner, n) for runner, n in found))
         return None
 
-    def _fill(self, heap: list[tuple[tuple[float, float], int, int, Runner]]) -> list[tuple[Runner, int]]:
+    def _fill(self, heap: list[tuple[tuple[float, float, float], int, int, Runner]]) -> list[tuple[Runner, int]]:
         batch: list[tuple[Runner, int]] = []
         room = heap[0][3].lane.batch
         bound = self.board.bound if self.board.bound is not None else self._guess
+        loss = self.board.loss
         while heap and room > 0:
             _, _, version, runner = heap[0]
             if version != runner.version or runner.at >= len(runner.order) or self._is_out(runner):
@@ -293,7 +313,7 @@ class Race:
             runner.version = 0
             # It cannot be out before so many rows, and is likely to be after so many.
             surely = (limit - runner.cost) // self._largest + 1 - (runner.at - runner.counted)
-            take = min(max(surely, runner.needs(limit), FIRST), len(runner.order) - runner.at, room)
+            take = min(max(surely, runner.needs(limit, loss), FIRST), len(runner.order) - runner.at, room)
             batch.append((runner, take))
             room -= take
         if batch and room > 0:
