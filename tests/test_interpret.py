@@ -199,6 +199,15 @@ def test_activations_made_of_several_nodes_are_followed_and_sums_are_not():
     assert values == [silu, b]
 
 
+def test_a_value_that_others_read_as_well_is_where_it_stops():
+    net = Net(seed=5)
+    x = net.input()
+    a = net.conv(x, 4, 3, name="one")
+    b = net.conv(net.op("Concat", net.op("Relu", a), a, axis=1), 4, 3, name="two")
+    space = car.analyze(net.model(b))
+    assert response_values(space)[0] == a
+
+
 # --- kernels --------------------------------------------------------------------------------------------------------
 
 

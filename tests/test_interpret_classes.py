@@ -80,6 +80,9 @@ def test_a_filter_of_one_class_speaks_and_names_it_alone():
     assert found.speaks().tolist() == [i in (3, 5) for i in range(8)]
     assert [found.sets.names[i] for i in np.flatnonzero(found.above[3])] == ["c"]
     assert [found.sets.names[i] for i in np.flatnonzero(found.below[5])] == ["e"]
+    # What one class pulls the mean away from is not named for that.
+    assert not found.above[5].any()
+    assert not found.below[3].any()
     entry = found.to_dict(3, 0.001, 1)
     assert entry["most"][0]["class"] == "c"
     assert entry["most"][0]["car"] == 1.0
