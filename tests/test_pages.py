@@ -118,6 +118,16 @@ def test_reports_on_the_command_line(tmp_path, monkeypatch):
     assert run("compare", "known.onnx", "p.onnx", "--runs", "0", "--html", "p.onnx").exit_code == 1
 
 
+@pytest.mark.parametrize("flag", [("--dry-run",), ("--sweep", "0.8,0.6")])
+def test_a_report_of_no_one_model_is_refused(tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    known_net.write(tmp_path)
+    done = run("prune", "known.onnx", "--data", "known.npz", "--report", "r", *flag)
+    assert done.exit_code == 2
+    assert "--report" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_pruning_without_data_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     known_net.write(tmp_path)

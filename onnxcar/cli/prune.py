@@ -246,7 +246,7 @@ def command(**params: Any) -> None:
         sweep_models(params, paths, _arguments)
         return
     paths.check(params)
-    check_report(params["report"], force=params["force"])
+    check_report(params)
     run = _search(params, paths.journal)
     if params["dry_run"]:
         write_plan(run, paths.plan, params)
@@ -297,7 +297,7 @@ def _check_usage(params: dict[str, Any]) -> None:
 def _check_sweep(params: dict[str, Any]) -> None:
     if params["sweep"] is None:
         return
-    for name in ("plan", "dry_run", "guarantee", "target_macs"):
+    for name in ("plan", "dry_run", "guarantee", "target_macs", "report"):
         if params[name]:
             raise click.UsageError(f"--sweep writes models of one path and takes no --{name.replace('_', '-')}.")
 

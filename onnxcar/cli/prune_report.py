@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from onnxcar.cli.work import check_outputs, open_reported, terminal, this_command
 
 if TYPE_CHECKING:
@@ -14,14 +16,18 @@ if TYPE_CHECKING:
 __all__ = ["check_report", "write_report"]
 
 
-def check_report(folder: Path | None, *, force: bool) -> None:
+def check_report(params: Mapping[str, Any]) -> None:
     """Refuse a folder that could not be written, before hours are spent.
 
     Raises:
-        OutputError: It is a file, its parent is missing, or it holds a report and ``force`` is off.
+        OutputError: It is a file, its parent is missing, or it holds a report and ``--force`` is off.
     """
-    if folder is not None:
-        check_outputs([folder / "index.html" if folder.is_dir() else folder], force=force)
+    folder = params["report"]
+    if folder is None:
+        return
+    if params["dry_run"]:
+        raise click.UsageError("--dry-run writes no model that --report could show. Leave one of them out.")
+    check_outputs([folder / "index.html" if folder.is_dir() else folder], force=params["force"])
 
 
 def write_report(run: Run, record: Mapping[str, Any], params: Mapping[str, Any]) -> Path:
