@@ -165,10 +165,18 @@ def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None
         here.note(f"Specialised: {len(record['classes']['outputs'])} classes count, among themselves{rows}.")
     here.note(f"Model   {paths.out}\nRecord  {paths.record}", command=True)
     if record["stopped"] == "time_limit":
+        _say_remaining(record)
         here.note(f"Journal {paths.journal}\nThe same command with --force goes on from there.", command=True)
     here.note(f"Next: {_compare_command(params, paths)}", command=True)
     if record["guarantee"] is None:
         _hold_gate(record, params["max_drop"])
+
+
+def _say_remaining(record: dict[str, Any]) -> None:
+    found = record["remaining"]
+    if found is not None:
+        took = "" if found["seconds"] is None else f", {duration(found['seconds'])} at the pace so far"
+        terminal().note(f"Not looked at for want of time: about {found['evaluations']} candidates{took}.")
 
 
 def _say_recovery(record: dict[str, Any]) -> None:
@@ -214,6 +222,8 @@ def _say_promise(record: dict[str, Any]) -> None:
         return
     held, passed = found["split"]["held"]["samples"], [test for test in found["tests"] if test["passed"]]
     limit = f"a drop below {found['max_drop']:g} with confidence {found['confidence']:g}"
+    if not found["tests"]:
+        return  # nothing was removed, which is said
     if not passed:
         terminal().warn(
             f"No model of the path passed the test for {limit} on {held} untouched images. Give more images, allow a "
