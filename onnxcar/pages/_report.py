@@ -131,11 +131,11 @@ class _Scale:
     def __init__(self, values: Sequence[float], top: float, bottom: float) -> None:
         low, high = min(values), max(values)
         room = (high - low) * 0.06 or abs(high) * 0.02 or 0.01
-        self.low, self.high = low - room, high + room
+        self.low, self.high = float(low - room), float(high + room)
         self._top, self._bottom = top, bottom
 
     def __call__(self, value: float) -> float:
-        part = (value - self.low) / (self.high - self.low)
+        part: float = (value - self.low) / (self.high - self.low)
         return float(self._bottom - part * (self._bottom - self._top))
 
     @property
@@ -163,7 +163,7 @@ def _pareto(facts: Mapping[str, Any], record: Mapping[str, Any] | None) -> Json 
     left = max(0.0, least - 0.05)
 
     def across(part: float) -> float:
-        return 600 * (part - left) / max(largest - left, 1e-9)
+        return float(600 * (part - left) / max(largest - left, 1e-9))
 
     return {
         "dots": [
