@@ -17,7 +17,7 @@ from onnxcar.channels import ChannelSpace
 from onnxcar.journal import Journal
 from onnxcar.progress import Report
 from onnxcar.scope import Field, Keep
-from onnxcar.steps import TINY, Check, Choice, Chooser, Clock, Mark, Path, Step, Stop
+from onnxcar.steps import TINY, Check, Choice, Chooser, Clock, Mark, Path, Remaining, Step, Stop
 
 CHECKS = 6  # measurements of a network on the way to a target latency
 FURTHER = 0.98  # after one that missed, the prediction has to fall at least so far
@@ -134,6 +134,8 @@ class _Loop:
         self.done = 0
         self.deadline = float("inf")
         self.longest_s = 0.0
+        self.spent_s, self.spent = 0.0, 0  # of answers that were no replay: seconds, and candidates looked at
+        self.remaining: Remaining | None = None
 
     def run(self, started: float) -> Path:
         if self.stop.time_limit is not None:
@@ -156,7 +158,7 @@ class _Loop:
             self.keep_promise(self.stop.max_drop)
         self.close()
         self.report(self.done, stopped)
-        return Path(tuple(self.steps), _sorted(self.back), base, stopped, tuple(self.checks))
+        return Path(tuple(self.steps), _sorted(self.back), base, stopped, tuple(self.checks), self.remaining)
 
     def exhaust(self, field: Field, later: int) -> str:
         """Remove groups of one field until a rule bites; its name.
@@ -166,6 +168,8 @@ class _Loop:
         size = self.per_step
         while True:
             if (rule := self.bitten()) is not None:
+                if rule == "time_limit":
+                    self.remaining = self.rest(field, later)
                 return rule
             removed = self.removed
             missing = None if self.stop.ratio is None else self.short(field)
@@ -306,12 +310,15 @@ class _Loop:
     # --- the two questions ----------------------------------------------------------------------------------------
 
     def lowest(self, removed: frozenset[int], candidates: Sequence[int], k: int) -> list[Choice]:
-        begun = time.monotonic()
+        begun, live = time.monotonic(), not self.journal.replaying
         answer = self.journal.ask(
             {"lowest": k, "of": len(candidates), "after": len(removed), "crc": _crc(removed)},
             lambda: [_choice_to_json(choice) for choice in self.chooser.lowest(removed, candidates, k)],
         )
-        self.longest_s = max(self.longest_s, time.monotonic() - begun)
+        took = time.monotonic() - begun
+        self.longest_s = max(self.longest_s, took)
+        if live:
+            self.spent_s, self.spent = self.spent_s + took, self.spent + self.chooser.work(len(candidates))
         return [_choice_from_json(choice) for choice in answer]
 
     def mark(self, removed: frozenset[int]) -> Mark | None:
@@ -342,6 +349,20 @@ class _Loop:
         if self.stop.steps is not None:
             rounds = min(rounds, self.stop.steps - self.n_steps)
         return sum(self.chooser.work(n - i * self.per_step) for i in range(rounds))
+
+    def rest(self, field: Field, later: int) -> Remaining:
+        """What is still to do from here: of this field, and of those after it."""
+        n = len(self.keep.allowed(field.groups, self.removed))
+        filters = None if self.stop.ratio is None else max(0, self.short(field))
+        evaluations = self.estimate(field, n, n if filters is None else filters) + later
+        cost = self.steps[-1].cost if self.steps else self.original
+        for name in ("macs", "params"):
+            share: float | None = getattr(self.stop, f"target_{name}")
+            whole, now = getattr(self.original, name), getattr(cost, name)
+            if share is not None and now < whole:
+                evaluations = min(evaluations, round(self.done * max(0.0, now - share * whole) / (whole - now)))
+        pace = self.spent_s / self.spent if self.spent else None
+        return Remaining(evaluations, None if pace is None else round(pace * evaluations, 3))
 
     def tell(self, field: Field, later: int, n_candidates: int, filters: int | None) -> None:
         if self.progress is not None:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def score_entry(score: Score | None) -> dict[str, Any] | None:
 
 
 def path_entries(space: ChannelSpace, path: Path | None) -> dict[str, Any]:
-    """How the search went: the removals that stand, those that were given back, and what ended it.
+    """How the search went: the removals that stand, those that were given back, what ended it, what was left to do.
 
     `given_back` holds removals that were undone for a multiple or a promise; at global scope the scores of the steps
     after one were counted without it.
@@ -79,6 +80,7 @@ def path_entries(space: ChannelSpace, path: Path | None) -> dict[str, Any]:
         "stopped": "plan" if path is None else path.stopped,
         "steps": [] if path is None else [step.to_json(space) for step in path.steps],
         "given_back": [] if path is None else [step.to_json(space) for step in path.given_back],
+        "remaining": None if path is None or path.remaining is None else asdict(path.remaining),
     }
 
 

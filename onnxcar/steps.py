@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from onnxcar.channels import ChannelSpace, Cost
 from onnxcar.errors import PlanError
 
-__all__ = ["TINY", "Check", "Choice", "Chooser", "Clock", "Mark", "Path", "Step", "Stop"]
+__all__ = ["TINY", "Check", "Choice", "Chooser", "Clock", "Mark", "Path", "Remaining", "Step", "Stop"]
 
 TINY = 1e-9  # a drop is a ratio of counts; this absorbs its rounding
 
@@ -171,6 +171,20 @@ class Clock(Protocol):
 
 
 @dataclass(frozen=True)
+class Remaining:
+    """What a search that ran out of time would still have cost.
+
+    Attributes:
+        evaluations: Candidates still to look at, about: every layer to the end, or in proportion to how far a target
+            of size was.
+        seconds: For them, at the pace so far; None where nothing was measured.
+    """
+
+    evaluations: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
 class Path:
     """What the loop removed.
 
@@ -182,6 +196,7 @@ class Path:
         stopped: The rule that ended it: "ratio", "max_drop", "steps", "target_macs", "target_params",
             "target_latency", "time_limit", "guarantee", or "nothing left" where no further group may go.
         checks: Latencies that were measured on the way, over the original's.
+        remaining: Where the time limit ended it, what the rest would have cost.
     """
 
     steps: tuple[Step, ...]
@@ -189,6 +204,7 @@ class Path:
     base: Mark | None
     stopped: str
     checks: tuple[Check, ...] = ()
+    remaining: Remaining | None = None
 
     @property
     def groups(self) -> frozenset[int]:

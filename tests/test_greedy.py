@@ -309,7 +309,8 @@ def test_a_journal_of_other_removals_is_refused(space, tmp_path):
         search(space, Stop(ratio=0.5), scope="global", journal=journal)
 
 
-def test_time_ends_the_search_with_what_is_done(space, monkeypatch):
+def slow(monkeypatch):
+    """A chooser that takes ten seconds a question, from time 0 on."""
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
@@ -318,7 +319,11 @@ def test_time_ends_the_search_with_what_is_done(space, monkeypatch):
             now[0] += 10
             return super().lowest(removed, candidates, k)
 
-    path = search(space, Stop(ratio=0.9, time_limit=35), chooser=Slow(COST), started=0.0)
+    return Slow(COST)
+
+
+def test_time_ends_the_search_with_what_is_done(space, monkeypatch):
+    path = search(space, Stop(ratio=0.9, time_limit=35), chooser=slow(monkeypatch), started=0.0)
     assert order(path) == [1, 4, 2]
     assert path.stopped == "time_limit"
 
@@ -370,3 +375,17 @@ def test_the_chooser_is_told_of_every_step_and_of_what_goes_back(space):
     path = search(space, Stop(max_drop=0.07), multiple=2, chooser=chooser)
     assert chooser.told[:4] == [{1}, {1, 4}, {1, 4, 2}, {1, 4, 2, 0}]
     assert chooser.told[-2:] == [path.groups | {11}, path.groups]
+
+
+def test_a_search_that_runs_out_of_time_says_what_the_rest_would_cost(space, monkeypatch):
+    path = search(space, Stop(ratio=0.9, time_limit=35), chooser=slow(monkeypatch), started=0.0)
+    assert path.stopped == "time_limit"
+    looked = sum(len(space.layers[0].groups) - i for i in range(len(path.steps)))
+    whole = search(space, Stop(ratio=0.9), chooser=(ahead := Known(COST)))
+    left = sum(n for n, _ in ahead.asked) - looked
+    assert left <= path.remaining.evaluations <= 1.1 * left  # one that may not go is counted as if it might
+    # Ten seconds a question.
+    assert path.remaining.seconds == pytest.approx(path.remaining.evaluations * 10 * len(path.steps) / looked, abs=1e-3)
+    assert whole.remaining is None
+    early = search(space, Stop(target_macs=0.3, time_limit=35), chooser=slow(monkeypatch), started=0.0, scope="global")
+    assert 0 < early.remaining.evaluations < path.remaining.evaluations
