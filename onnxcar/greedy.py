@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,7 @@ def walk(
     progress: Report | None = None,
     started: float | None = None,
     clock: Clock | None = None,
+    renew: Callable[[frozenset[int]], bool] | None = None,
 ) -> Path:
     """Remove groups field by field; see `Stop` for when it ends.
 
@@ -55,10 +56,13 @@ def walk(
         progress: Told after every step.
         started: `time.monotonic()` from which the time limit counts, default now.
         clock: Tells latencies; a rule on latency needs one.
+        renew: Has the network without some groups recovered before a drop ends the search, since what is shipped is
+            recovered, too; False where nothing is.
     """
     loop = _Loop(space, search_fields, chooser, stop, keep, per_step, journal or Journal(None, {}), progress)
     loop.whole = tuple(whole) if stop.ratio is not None else ()
     loop.clock = clock
+    loop.renew = renew
     return loop.run(time.monotonic() if started is None else started)
 
 
@@ -120,6 +124,7 @@ class _Loop:
         self.per_step, self.journal, self.progress = per_step, journal, progress
         self.whole: tuple[Field, ...] = ()
         self.clock: Clock | None = None
+        self.renew: Callable[[frozenset[int]], bool] | None = None
         self.checks: list[Check] = []
         self.timed: frozenset[int] = frozenset()  # what was last looked at for its latency
         self.aim = stop.target_latency or 0.0  # predicted latency at which it is time to measure
@@ -187,6 +192,8 @@ class _Loop:
             after = removed | {choice.group for choice in taken}
             mark = self.mark_after(taken, after)
             if self.stop.max_drop is not None and (mark is None or mark.drop > self.stop.max_drop + TINY):
+                mark = self.recovered(after)
+            if self.stop.max_drop is not None and (mark is None or mark.drop > self.stop.max_drop + TINY):
                 if len(taken) == 1:
                     return "max_drop"
                 size = len(taken) // 2
@@ -197,6 +204,16 @@ class _Loop:
             self.removed = after
             self.chooser.step(after)
             self.done += self.chooser.work(len(candidates))
+
+    def recovered(self, after: frozenset[int]) -> Mark | None:
+        """Score of the network without `after` as it would be shipped, recovered; None where nothing is recovered."""
+        if self.renew is None or not self.renew(after):
+            return None
+        self.marks = {groups: mark for groups, mark in self.marks.items() if not after <= groups}
+        mark = self.mark(after)
+        if mark is not None and self.stop.max_drop is not None and mark.drop > self.stop.max_drop + TINY:
+            self.chooser.step(self.removed)  # the step is not made: back to the network before it
+        return mark
 
     def short(self, field: Field) -> int:
         """Filters of a field that are still to go for the ratio; what was given back is not asked for again."""

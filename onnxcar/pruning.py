@@ -218,6 +218,7 @@ class Pruning:
                 progress=progress,
                 started=self.started,
                 clock=clock,
+                renew=self.scorer.renew if isinstance(self.scorer, Shrinking) else None,
             )
 
     def clock(self, journal: Journal) -> Pace | None:

@@ -140,6 +140,13 @@ class Shrinking(Scorer):
         if removed != last and self._due(last, removed):
             self._points.append(removed)
 
+    def renew(self, removed: frozenset[int]) -> bool:
+        """Go on with the model recovered at these groups, due or not; whether that changes anything."""
+        if self._rebuild is None or not removed or (self._points and self._points[-1] == removed):
+            return False
+        self._points.append(removed)
+        return True
+
     # --- as a Scorer ----------------------------------------------------------------------------------------------
 
     def base(self, removed: Collection[int] = ()) -> Score:

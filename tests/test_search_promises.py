@@ -239,3 +239,21 @@ def _plan(digits, run, n):
     from onnxcar.surgery import Plan
 
     return Plan(step.group for step in run.steps[:n]).to_json(run.space)
+
+
+def test_a_drop_ends_a_recovering_search_only_where_the_recovered_network_breaks_it(digits, tmp_path):
+    data = npz("select.npz").limit(150)
+    options = {"criterion": "l2", "scope": "global", "recover": "least-squares", "multiple_of": 1, **ONE}
+    stop = Stop(max_drop=0.02, ratio=0.85)
+    late = prune(digits, data, stop=stop, **options)
+    # Never due: only the drop asks for it.
+    seen = prune(digits, data, stop=stop, recover_every=1000, journal=tmp_path / "a.jsonl", **options)
+    assert late.stopped == "max_drop"
+    assert len(seen.plan.groups) > len(late.plan.groups) + 3
+    for run in (late, seen):
+        assert run.record["base"]["value"] - run.record["final"]["value"] <= 0.02 + 1e-9
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_bytes(b"".join(lines[:-6]))
+    again = prune(digits, data, stop=stop, recover_every=1000, journal=tmp_path / "b.jsonl", **options)
+    assert again.model.sha256 == seen.model.sha256
+    assert (tmp_path / "b.jsonl").read_bytes() == b"".join(lines)
