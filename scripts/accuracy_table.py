@@ -79,7 +79,7 @@ class Net:
     @cached_property
     def calibration(self) -> Dataset:
         """What repairs are fitted on."""
-        return self.open("calibration_data" if self.flags.get("calibration_data") else "data")
+        return self.open("calibration_data" if self.flags.get("calibration_data") else "data", limit=self.limit)
 
     @cached_property
     def test(self) -> Dataset:
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--net", nargs=3, action="append", default=[], metavar=("NAME", "MODEL", "TOML"))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75], metavar="R")
     parser.add_argument("--criteria", nargs="+", choices=list(CRITERIA), default=list(CRITERIA), metavar="NAME")
-    parser.add_argument("--limit", type=int, help="images that filters of a --net are chosen on")
+    parser.add_argument("--limit", type=int, help="images of a --net that filters are chosen and repairs fitted on")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many minutes")
     parser.add_argument("--cache", type=Path, default=ROOT / "docs" / "img" / "accuracy.json")

@@ -109,6 +109,18 @@ def test_channels_that_follow_from_the_rest_cost_nothing(kind: str) -> None:
     assert fit_of(found, "reader").method == "least-squares"
 
 
+@pytest.mark.parametrize("spatial", [1, 3])
+def test_any_number_of_axes(spatial: int) -> None:
+    net = Net()
+    w, b = net.random(5, 2, *(3,) * spatial, scale=0.3), net.random(5, scale=0.3)
+    w[4], b[4] = w[0] - w[2], b[0] - b[2]
+    y = net.conv(net.input(shape=("N", 2, *(6,) * spatial)), 5, name="first", weight=net.const(w, "w"), bias=False)
+    net.nodes[-1].input.append(net.const(b, "b"))
+    model = net.model(net.conv(y, 3, name="reader", strides=[2] * spatial))
+    found = recovered(model, "first", [4], "least-squares", n=200)
+    assert found.after < 1e-5 < found.before
+
+
 def test_weights_are_those_of_lstsq() -> None:
     net = Net(dtype=np.float64)
     x = net.input(shape=("N", 6))

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.graphs import Net
 from tests.test_cli import run
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits"
@@ -61,6 +62,25 @@ def test_what_is_gone_is_found_without_record_and_metadata(small: Path) -> None:
     for name, value in weights[0].items():
         assert np.array_equal(value, weights[1][name])
         assert np.array_equal(value, weights[2][name])
+
+
+def test_a_model_whose_norms_were_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    net = Net()
+    y = net.conv(net.input(), 6, name="first")
+    y = net.op("Transpose", y, perm=[0, 2, 3, 1])
+    y = net.op("LayerNormalization", y, net.positive(6), net.random(6))
+    y = net.conv(net.op("Transpose", y, perm=[0, 3, 1, 2]), 5, name="reader")
+    onnx.save(net.proto(net.gemm(net.op("Flatten", net.op("GlobalAveragePool", net.op("Relu", y))), 4)), "m.onnx")
+    rng = np.random.default_rng(0)
+    np.savez("x.npz", images=rng.standard_normal((80, 3, 8, 8)).astype(np.float32))
+    options = ["--norms", "rewrite", "--criterion", "l1", "--ratio", "0.3", "--layers", "first", "-o", "p.onnx"]
+    assert run("prune", "m.onnx", *options).exit_code == 0
+    result = run("recover", "p.onnx", "--like", "m.onnx", "--data", "x.npz", "--json", "r.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(Path("r.json").read_text())
+    assert found["removed"]
+    assert [f["node"] for f in found["recovery"]["layers"]] == ["reader", "fc"]
 
 
 def test_labels_are_not_needed(small: Path) -> None:

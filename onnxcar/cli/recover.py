@@ -35,10 +35,12 @@ from onnxcar.progress import duration, open_meter
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from onnxcar.channels import ChannelSpace
     from onnxcar.data import Dataset
     from onnxcar.model import Model
     from onnxcar.recovery import Recovered
     from onnxcar.scoring import Score
+    from onnxcar.surgery import Plan
 
 _WHAT = "What to repair"
 
@@ -95,8 +97,7 @@ def command(**params: Any) -> None:
     """  # noqa: D301 - click reads \b
     from onnxcar import record
     from onnxcar.model import load, save
-    from onnxcar.recovery import plan_of, recover
-    from onnxcar.rules import analyze
+    from onnxcar.recovery import recover
 
     pruned_path, like = params["model"], params["like"]
     out: Path = params["output"] or pruned_path.with_name(f"{pruned_path.stem}.recovered.onnx")
@@ -109,8 +110,7 @@ def command(**params: Any) -> None:
     json_target(params["json"], [pruned_path, like, out])
     need_data(params, "recover")
     original, pruned = load(like), load(pruned_path)
-    space = analyze(original)
-    plan, origin = plan_of(space, pruned, _plan(params, original))
+    space, plan, origin = _gone(original, pruned, _plan(params, original))
     here = terminal()
     if not plan.groups:
         here.warn(f"{pruned_path} has all channels of {like}: there is nothing to make up for.")
@@ -160,6 +160,22 @@ def command(**params: Any) -> None:
     if params["json"] != "-":
         _show(result, found, scores)
     here.note(f"Model   {out}\nRecord  {beside}")
+
+
+def _gone(original: Model, pruned: Model, asked: Mapping[str, Any] | None) -> tuple[ChannelSpace, Plan, str]:
+    """Structure of the original, what is gone, and where that is known from; norms may have been rewritten."""
+    from onnxcar.errors import PlanError
+    from onnxcar.recovery import plan_of
+    from onnxcar.rules import analyze
+
+    space = analyze(original)
+    try:
+        return space, *plan_of(space, pruned, asked)
+    except PlanError:
+        free = analyze(original, norms="rewrite")
+        if len(free.groups) == len(space.groups):
+            raise
+        return free, *plan_of(free, pruned, asked)
 
 
 def _calibration(params: Mapping[str, Any], original: Model) -> Dataset:
