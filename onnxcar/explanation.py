@@ -112,7 +112,7 @@ def explain(
             metric=metric,
             layers=layers,
             exclude=exclude,
-            by_class=True,
+            by_class=data.labels.ndim == 1 and data.labels.dtype.kind in "iu",
             seed=seed,
             provider=provider,
             threads=threads,
