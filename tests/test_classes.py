@@ -282,3 +282,13 @@ def test_what_makes_no_sense_is_refused(tmp_path, args, words):
     result = cli(tmp_path, "prune", DIGITS / "model.onnx", *args, "-o", tmp_path / "m.onnx")
     assert result.exit_code != 0
     assert words in result.output + str(result.exception)
+
+
+def test_a_limit_is_about_the_classes_that_count(tmp_path):
+    said = cli(
+        *(tmp_path, "evaluate", DIGITS / "model.onnx", "--classes", "1,3", "--limit", "20"),
+        *("--json", tmp_path / "e.json"),
+    )
+    assert said.exit_code == 0, said.output
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert [row["samples"] for row in result["per_class"]] == [10, 10]
