@@ -16,8 +16,7 @@ __all__ = ["LATER", "LATER_VALUES", "later_options", "refuse_later_values"]
 
 #: Command -> flag -> what it will do.
 LATER: Mapping[str, Mapping[str, str]] = {
-    "prune": {
-    },
+    "prune": {},
 }
 
 #: Flag -> values of it that are known and not built; the other values work.
