@@ -131,7 +131,7 @@ def test_noise_is_read_whole(tmp_path: Path) -> None:
 def test_values_that_do_not_fit_the_dims_are_refused(tmp_path: Path, lazily: None) -> None:
     proto = _network()
     proto.graph.initializer[2].dims[0] += 1
-    with pytest.raises(ModelError, match="needs .* bytes and has"):
+    with pytest.raises(ModelError, match=r"needs .* bytes and has"):
         load(_write(tmp_path, proto))
 
 
