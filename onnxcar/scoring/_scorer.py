@@ -33,6 +33,7 @@ __all__ = ["Pick", "Scorer", "Work"]
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 ROW_BYTES = 16 << 20  # of cut values gathered for one run
+COUNTS = ("top1", "top5", "balanced")  # metrics that are counts of samples
 FIRST_ROWS = 64  # rows of a run until it is known how long they take
 MOST_ROWS = 256
 
@@ -253,10 +254,17 @@ class Scorer:
         return [self._picked(runner, gone) for runner in won]
 
     def _picked(self, runner: Runner, removed: frozenset[int]) -> Pick:
-        score = self._of(runner.log)
-        if not self.all_sites:  # there the base comes for nothing, and from the same graph whatever was asked before
-            self._scores[removed | {runner.group}] = score
-        return Pick(runner.group, score)
+        return self._pick(runner.group, self._of(runner.log), removed)
+
+    def _pick(self, group: int, score: Score, removed: frozenset[int]) -> Pick:
+        """The candidate; its score is the next step's base where it is a count.
+
+        Other numbers differ in their last bits from those of a run of the whole network, which is what a search that
+        was interrupted here would ask for.
+        """
+        if self.metric.name in COUNTS and not self.all_sites:
+            self._scores[removed | {group}] = score
+        return Pick(group, score)
 
     def _lowest_in_full(
         self,
@@ -276,10 +284,7 @@ class Scorer:
                 lost = self.base(removed).reduction(score)
                 lost = lost / saved[group] if rank[group].saved else lost
             keys[group] = (lost, score.loss_units, -saved[group], group)
-        picks = [Pick(group, found[group]) for group in sorted(keys, key=keys.__getitem__)[:k]]
-        for pick in picks:
-            self._scores[removed | {pick.group}] = pick.score
-        return picks
+        return [self._pick(group, found[group], removed) for group in sorted(keys, key=keys.__getitem__)[:k]]
 
     def _ranks(self, removed: frozenset[int], saved: Mapping[int, int], per_mac: bool) -> dict[int, Rank]:
         if not per_mac:
