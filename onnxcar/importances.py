@@ -31,6 +31,7 @@ __all__ = ["Importances", "importance"]
 
 # Split-half rank correlation below which two halves of the data would rank the groups quite differently.
 NOISE = 0.4
+PAIRS = 4_000_000  # groups x samples whose effects on classes are found at once, some 40 bytes each
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,12 +306,14 @@ class _Recorder(Scorer):
         self.kept.update(zip(candidates, found, strict=True))
         self.changed.update(self.flips)
         if self._sets is not None and len(self.base_correct):
-            # Layer by layer, so that the losses of one layer are all that is held.
+            # Layer by layer, and of a large one some groups at a time, so that this is all that is held.
             same, still = np.zeros(len(self.data), bool), np.zeros(len(self.data), np.float32)
-            flips = np.stack([self.flips.get(group, same) for group in candidates])
-            losses = np.stack([self.losses.get(group, still) for group in candidates])
-            part = effects(self._sets, self.base_correct, flips, losses, seed=self._seed)
-            self._parts.append((tuple(candidates), part))
+            some = max(1, PAIRS // len(self.data))
+            for part in (candidates[i : i + some] for i in range(0, len(candidates), some)):
+                flips = np.stack([self.flips.get(group, same) for group in part])
+                losses = np.stack([self.losses.get(group, still) for group in part])
+                found_part = effects(self._sets, self.base_correct, flips, losses, seed=self._seed)
+                self._parts.append((tuple(part), found_part))
             self.losses = {}
         return found
 

@@ -183,3 +183,12 @@ def test_score_by_class_refuses_what_it_cannot_do(folder, args, code, says):  # 
     done = run("score", "m.onnx", "--data", "val.npz", *args)
     assert done.exit_code == code
     assert says in done.stderr
+
+
+def test_effects_do_not_depend_on_how_many_groups_are_looked_at_at_once(residual, data, monkeypatch):  # noqa: F811
+    whole = importance(from_proto(residual), data, threads=1, by_class=True).effects
+    monkeypatch.setattr("onnxcar.importances.PAIRS", 2 * len(data))
+    parts = importance(from_proto(residual), data, threads=1, by_class=True).effects
+    assert parts.car.tolist() == whole.car.tolist()
+    assert parts.loss == pytest.approx(whole.loss, abs=1e-12)
+    assert parts.p == pytest.approx(whole.p, abs=0.02)
