@@ -369,6 +369,21 @@ class ChannelSpace:
                 out.append(np.compress(hit, values, axis=axis))
         return out
 
+    def outgoing_sizes(self) -> npt.NDArray[np.float64]:
+        """Sum of the absolute weights of `outgoing` for every group, (n_groups,); every weight is read once."""
+        sites = {(id(site), axis): (site, axis) for readers in self._readers.values() for site, axis in readers}
+        total = np.zeros(len(self.groups))
+        for site, axis in sites.values():
+            values = np.abs(np.asarray(self.facts.array(self.model.proto.graph.node[site.node].input[site.input])))
+            ids = site.axes[axis]
+            if site.blocks > 1:  # the other axis holds the blocks: block b reads the b-th stretch of the ids
+                blocks = values.reshape(site.blocks, -1, *values.shape[1:])
+                sums = blocks.sum(axis=(1, *range(3, blocks.ndim)), dtype=np.float64).ravel()
+            else:
+                sums = values.sum(axis=tuple(k for k in range(values.ndim) if k != axis), dtype=np.float64)
+            np.add.at(total, ids[ids >= 0], sums[ids >= 0])
+        return total
+
     @cached_property
     def _readers(self) -> dict[int, list[tuple[Site, int]]]:
         out: dict[int, list[tuple[Site, int]]] = {}

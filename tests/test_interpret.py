@@ -184,6 +184,25 @@ def test_boxes_stay_inside_the_image():
     assert field.box(2, 2, 10, 10) == (6, 6, 10, 10)
 
 
+def test_contribution_weighs_responses_with_what_reads_them(known, conv):
+    found = interpret.contribution(known[0], conv)
+    by_hand = conv.size * np.abs(known[0].weight(known[0].layers[1])).sum(0)
+    assert found == pytest.approx(by_hand / by_hand.sum(), abs=1e-6)
+    assert found[DEAD] == 0
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_sizes_of_outgoing_weights_are_those_of_the_weights(blocks):
+    net = Net(seed=6)
+    x = net.input()
+    a = net.op("Relu", net.conv(x, 8, 3))
+    b = net.conv(net.conv(a, 6, 3, group=blocks), 4, 3)
+    space = car.analyze(net.model(net.op("Concat", b, net.conv(a, 3, 1), axis=1)))
+    by_group = [sum(float(np.abs(w).sum()) for w in space.outgoing(group.id)) for group in space.groups]
+    assert space.outgoing_sizes() == pytest.approx(by_group, abs=1e-5)
+    assert len(by_group) == 14 // blocks
+
+
 # --- where responses are read ---------------------------------------------------------------------------------------
 
 

@@ -367,10 +367,8 @@ def contribution(space: ChannelSpace, found: LayerResponses) -> Floats:
     removal can make in what is computed next. A stand-in for the contribution index of Qin et al. 2018,
     arXiv:1810.07322, which back-propagates gradients; ONNX Runtime's inference has none.
     """
-    out = np.full(found.layer.filters, np.nan)
-    for i, group in enumerate(found.layer.groups.tolist()):
-        if group >= 0:
-            weights = sum(float(np.abs(np.asarray(w, np.float64)).sum()) for w in space.outgoing(group))
-            out[i] = found.size[i] * weights
+    weights = space.outgoing_sizes()
+    groups = found.layer.groups
+    out = np.where(groups >= 0, found.size * weights[groups], np.nan) if len(weights) else np.full(len(groups), np.nan)
     total = np.nansum(out)
-    return out / total if total > 0 else out
+    return np.asarray(out / total if total > 0 else out)
