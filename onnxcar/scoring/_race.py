@@ -26,7 +26,7 @@ __all__ = ["Board", "Key", "Lane", "Log", "Race", "Rank", "Runner", "race"]
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 FIRST = 4  # rows a candidate takes at least when its turn comes
-EAGER = 0.8  # part of the rows that it is expected to need which are run at once
+EAGER = 0.5  # part of the rows that it is expected to need which are run at once
 
 Key = tuple[float, int, int, int]  # cost (or what is lost for each MAC saved), loss, -MACs saved, group id
 
