@@ -71,7 +71,7 @@ def prune(
     model: Model,
     data: Dataset | None = None,
     *,
-    criterion: str | Criterion | CriterionFunction = "car",
+    criterion: str | Criterion | CriterionFunction | None = None,
     metric: str = "top1",
     scope: str = "layer",
     stop: Stop | None = None,
@@ -104,7 +104,8 @@ def prune(
     Args:
         model: The network; it is not changed.
         data: Validation samples that filters are chosen on. Criteria that look at weights alone need none.
-        criterion: A name of `criteria.CRITERIA`, or a function.
+        criterion: A name of `criteria.CRITERIA`, or a function. None: "car", but "reconstruction" at global scope with
+            `recover="least-squares"`, see `pruning.usual_criterion`.
         metric: What CAR and the drop are measured in.
         scope: "layer": every selected layer in graph order, each on the network as pruned so far; a group that spans
             several layers counts for the first selected one. "global": all groups compete, CAR by score lost per MAC

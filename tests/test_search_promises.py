@@ -126,6 +126,27 @@ def test_recovery_is_scored_recorded_and_verified_before(digits):
     assert mended.record["calibration_data"]["samples"] == 400
 
 
+def test_where_a_repair_follows_a_global_search_chooses_what_it_can_make_up_for(digits, tmp_path):
+    select = npz("select.npz")
+    asked = {"scope": "global", "stop": Stop(target_macs=0.7), "per_step": 8}
+    run = prune(digits, select, recover="least-squares", **asked, **ONE)
+    assert run.record["criterion"] == "reconstruction"
+    named = prune(digits, select, recover="least-squares", criterion="reconstruction", **asked, **ONE)
+    assert named.plan == run.plan
+    for other in ({"recover": "none"}, {"recover": "bias"}, {"recover": "least-squares", "scope": "layer"}):
+        options = asked | {"stop": Stop(steps=1)} | other
+        assert prune(digits, select, **options, **ONE).record["criterion"] == "car"
+    out, copy = tmp_path / "p.onnx", tmp_path / "m.onnx"  # beside the model of the digits a config names CAR
+    copy.write_bytes((DIGITS / "model.onnx").read_bytes())
+    line = ["prune", str(copy), "--scope", "global", "--recover", "least-squares", "--steps", "2"]
+    line += ["--data", str(DIGITS / "select.npz"), "--preprocess", "unit", "--channels", "gray"]
+    said = CliRunner().invoke(app, [*line, "-o", str(out)])
+    assert said.exit_code == 0, said.output
+    assert "Criterion reconstruction" in said.stderr
+    assert json.loads(out.with_suffix(".json").read_text())["criterion"] == "reconstruction"
+    assert "Criterion" not in CliRunner().invoke(app, [*line, "--criterion", "car", "--force", "-o", str(out)]).stderr
+
+
 def test_calibration_data_are_what_recovery_fits_on(digits):
     select = npz("select.npz")
     other = npz("test.npz").limit(120)

@@ -78,9 +78,9 @@ def _fractions(ctx: click.Context, param: click.Parameter, value: tuple[float, .
     section=_WHAT,
     type=click.Choice((*CRITERIA, *LATER_CRITERIA)),
     callback=refuse_later_values,
-    default="car",
     metavar="NAME",
-    help=f"{', '.join(CRITERIA)}; {', '.join(DATA_FREE)} need no data.  [default: car]",
+    help=f"{', '.join(CRITERIA)}; {', '.join(DATA_FREE)} need no data.  [default: car; reconstruction with --scope "
+    "global --recover least-squares]",
 )
 @option(
     "--scope",
@@ -276,6 +276,8 @@ def _check_usage(params: dict[str, Any]) -> None:
         params["recover_every"] = 0
     elif params["calibration_data"] is None:
         need_data(params, f"--recover {params['recover']}")
+    if params["criterion"] is None:
+        params["criterion"] = _usual(params)
     if params["data"] is not None:
         return
     stops = [name for name in (*_STOPS, "sweep") if params[name] is not None]
@@ -292,6 +294,18 @@ def _check_usage(params: dict[str, Any]) -> None:
             "--target-macs 0.5, --target-params 0.5 or --steps N.",
             click.get_current_context(),
         )
+
+
+def _usual(params: dict[str, Any]) -> str:
+    """The criterion of a command that names none; said where it is not CAR."""
+    from onnxcar.pruning import usual_criterion
+
+    name = usual_criterion(params["scope"], params["recover"], params["approximate"])
+    if name != "car" and params["plan"] is None:
+        terminal().note(
+            f"Criterion {name}: filters whose loss the repair can make up for leave first (--criterion car for CAR)."
+        )
+    return name
 
 
 def _check_sweep(params: dict[str, Any]) -> None:
