@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from onnxcar.errors import DataError, PlanError
 
@@ -63,6 +62,8 @@ def p_value(lost: int, won: int, n_samples: int, drop: float, risk: float) -> fl
     >>> p_value(10, 0, 756, 0.01, 0.05)
     1.0
     """
+    from scipy import stats  # slow to import, needed by promises only
+
     s = lost - won
     level = NUISANCE * risk
     most = 1.0 if won >= n_samples else float(stats.beta.ppf(1 - level, won + 1, n_samples - won))

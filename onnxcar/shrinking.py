@@ -35,7 +35,14 @@ def every_groups(number: int) -> Due:
 
 def every_macs(space: ChannelSpace, share: float = SHARE) -> Due:
     """Rebuild whenever the MACs have come down to a share of what they were the last time."""
-    return lambda last, removed: space.cost(removed).macs <= share * space.cost(last).macs
+    goals: dict[frozenset[int], float] = {}  # costs are counted from step to step: looking back costs a count anew
+
+    def due(last: frozenset[int], removed: frozenset[int]) -> bool:
+        if last not in goals:
+            goals[last] = share * space.cost(last).macs
+        return space.cost(removed).macs <= goals[last]
+
+    return due
 
 
 def follow(space: ChannelSpace, removed: frozenset[int], compact: ChannelSpace) -> dict[int, int] | None:
