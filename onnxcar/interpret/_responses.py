@@ -364,8 +364,8 @@ def contribution(space: ChannelSpace, found: LayerResponses) -> Floats:
     """How much each filter feeds to its readers, as a share of its layer, (filters,); NaN for protected ones.
 
     Mean absolute response x sum of the absolute weights that read the filter's group: the largest mean change that its
-    removal can make in what is computed next. A stand-in for the contribution index of Qin et al. 2018,
-    arXiv:1810.07322, which back-propagates gradients; ONNX Runtime's inference has none.
+    removal can make in what is computed next. Not the contribution index of Qin et al. 2018, arXiv:1810.07322:
+    this one needs no backward pass, which ONNX Runtime's inference does not have.
     """
     weights = space.outgoing_sizes()
     groups = found.layer.groups
