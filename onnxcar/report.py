@@ -293,7 +293,7 @@ def sensitivity_table(result: Json) -> Table:
     """A line for each layer, a column for each ratio."""
     ratios = [point["ratio"] for point in result["layers"][0]["points"]] if result["layers"] else []
     table = _table("layer", "filters", *(f"{ratio:g}" for ratio in ratios))
-    table.padding = (0, 1, 0, 0)  # nine ratios and a name fit into 80 columns
+    table.padding = (0, 0)  # nine ratios and a name fit into 80 columns
     table.columns[0].min_width = 14
     for layer in result["layers"]:
         table.add_row(layer["layer"], str(layer["filters"]), *(f"{p['value']:.3f}" for p in layer["points"]))

@@ -85,6 +85,7 @@ def test_the_command_gives_table_json_csv_and_plot(tmp_path):
     said = cli("--by-layer", "--limit", "100", "--json", str(tmp_path / "s.json"), "--plot", str(plot))
     assert said.exit_code == 0, said.output
     assert "conv2" in said.output
+    assert " 0.9 " in said.output.replace("\n", " ")  # the last ratio is there on 80 columns
     result = json.loads((tmp_path / "s.json").read_text())
     assert [point["ratio"] for point in result["layers"][0]["points"]] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     assert plot.read_bytes().startswith(b"\x89PNG")
