@@ -17,12 +17,9 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from onnxcar import _tensors
-from onnxcar._tensors import Extent
+from onnxcar._tensors import SMALL_BYTES, Extent
 
 __all__ = ["read", "write"]
-
-# Smaller tensors are read in any case: shape arithmetic looks at them, and they cost nothing.
-SMALL_BYTES = 65536
 
 _GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
 _INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
@@ -69,35 +66,28 @@ def write(stream: IO[bytes], proto: onnx.ModelProto, folder: Path | None) -> Non
     _tensors.copy_fields(proto.graph, graph, skip="initializer")
     head, body = rest.SerializeToString(), graph.SerializeToString()
     parts = [_framed(tensor) for tensor in proto.graph.initializer]
-    total = len(body) + sum(
-        len(_tag(_INITIALIZER, inner + n_raw)) + inner + n_raw for inner, n_raw in (_sizes(*part) for part in parts)
-    )
     stream.write(head)
-    stream.write(_tag(_GRAPH, total))
+    stream.write(_tag(_GRAPH, len(body) + sum(len(tag) + len(kept) + n_raw for tag, kept, n_raw in parts)))
     stream.write(body)
-    for tensor, (kept, n_bytes) in zip(proto.graph.initializer, parts, strict=True):
-        inner, n_raw = _sizes(kept, n_bytes)
-        stream.write(_tag(_INITIALIZER, inner + n_raw))
+    for tensor, (tag, kept, n_raw) in zip(proto.graph.initializer, parts, strict=True):
+        stream.write(tag)
         stream.write(kept)
-        if n_bytes is not None:
-            stream.write(_tag(_RAW_DATA, n_bytes))
+        if n_raw:
             stream.write(_tensors.raw_bytes(tensor, folder))
 
 
-def _framed(tensor: TensorProto) -> tuple[bytes, int | None]:
-    """A tensor's bytes but for values that lie elsewhere, and how many bytes those are."""
+def _framed(tensor: TensorProto) -> tuple[bytes, bytes, int]:
+    """A tensor's tag in the graph, its bytes up to values that lie elsewhere, and how many bytes those are."""
     if not _tensors.is_external(tensor):
-        return tensor.SerializeToString(), None
+        held = tensor.SerializeToString()
+        return _tag(_INITIALIZER, len(held)), held, 0
     kept = TensorProto()
     kept.CopyFrom(tensor)
     kept.ClearField("data_location")
     del kept.external_data[:]
-    return kept.SerializeToString(), _tensors.extent(tensor).length
-
-
-def _sizes(kept: bytes, n_bytes: int | None) -> tuple[int, int]:
-    """Bytes of a tensor's frame, and of its raw data with their tag."""
-    return len(kept), 0 if n_bytes is None else len(_tag(_RAW_DATA, n_bytes)) + n_bytes
+    n_raw = _tensors.extent(tensor).length
+    frame = kept.SerializeToString() + _tag(_RAW_DATA, n_raw)
+    return _tag(_INITIALIZER, len(frame) + n_raw), frame, n_raw
 
 
 # --- wire format ----------------------------------------------------------------------------------------------------
@@ -141,9 +131,7 @@ def _tensor(stream: IO[bytes], end: int, location: str) -> TensorProto:
     if at is not None:
         if _tensors.is_external(tensor) or tensor.external_data or tensor.HasField("raw_data"):
             raise _OddError("values twice")
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", at.location), ("offset", at.offset), ("length", at.length)):
-            tensor.external_data.add(key=key, value=str(value))
+        _tensors.refer(tensor, at)
     return tensor
 
 

@@ -20,6 +20,8 @@ from onnxcar.errors import ModelError
 MAX_RANK = 64  # numpy's limit
 # 2**38 elements are a terabyte in FLOAT: a damaged number, and products beyond it overflow in C++ code.
 MAX_ELEMENTS = 2**38
+# Tensors up to this size are held in memory in any case, so that shape constants are at hand.
+SMALL_BYTES = 65536
 
 # Bits of one element, by name because older onnx releases lack the newest types. STRING has none.
 _BITS = {
@@ -304,6 +306,13 @@ def to_array(tensor: TensorProto, folder: Path | None) -> np.ndarray[Any, Any]:
         return np.asarray(numpy_helper.to_array(tensor))
     inner = TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=raw_bytes(tensor, folder))
     return np.asarray(numpy_helper.to_array(inner))
+
+
+def refer(tensor: TensorProto, at: Extent) -> None:
+    """Say that the values of a tensor lie in a file."""
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", at.location), ("offset", at.offset), ("length", at.length)):
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def embed(tensor: TensorProto, data: bytes) -> None:

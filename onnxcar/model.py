@@ -18,6 +18,7 @@ from onnx import TensorProto
 
 from onnxcar import _skeleton, _tensors, _wall
 from onnxcar._params import parameters
+from onnxcar._tensors import SMALL_BYTES as _SMALL_BYTES
 from onnxcar._tensors import Extent, quoted
 from onnxcar.errors import ModelError, OutputError
 
@@ -31,8 +32,6 @@ LAZY_BYTES = 2**30
 LAZY_FILE_BYTES = 2**25
 # Above this the digest of a protobuf is taken tensor by tensor: serializing it would double the memory.
 _DIGEST_BYTES = 2**24
-# Tensors up to this size are read in any case, so that shape constants are at hand.
-_SMALL_BYTES = 65536
 # Smaller tensors stay in the .onnx file when the rest goes to the data file.
 _EXTERNAL_MIN_BYTES = 1024
 # Offsets in the data file: pages, as ONNX advises for mapping into memory; little ones need no page of their own.
@@ -411,9 +410,7 @@ def _copy_external(model: Model, data_file: Path) -> onnx.ModelProto:
             if tensor.HasField("doc_string"):
                 target.doc_string = tensor.doc_string
             target.metadata_props.extend(tensor.metadata_props)
-            target.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", at.location), ("offset", at.offset), ("length", at.length)):
-                target.external_data.add(key=key, value=str(value))
+            _tensors.refer(target, at)
         stream.flush()
         os.fsync(stream.fileno())
     if not data_file.stat().st_size:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from onnxcar._tensors import is_external, n_bytes, raw_bytes
+from onnxcar._tensors import Extent, is_external, n_bytes, raw_bytes, refer
 from onnxcar.facts import SMALL
 from onnxcar.model import Model, from_proto
 
@@ -33,9 +33,7 @@ class Spill:
         data = raw_bytes(tensor, self._source.folder)
         self._stream.write(b"\0" * (-self._stream.tell() % _PAGE_BYTES))
         made = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-        made.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", self._path.name), ("offset", self._stream.tell()), ("length", len(data))):
-            made.external_data.add(key=key, value=str(value))
+        refer(made, Extent(self._path.name, self._stream.tell(), len(data)))
         self._stream.write(data)
         return made
 
