@@ -1,11 +1,12 @@
 """What the scorer costs, piece by piece; each figure beside the plain way of getting it, in one run.
 
-    python scripts/bench/engine.py global  MODEL IMAGES.npz   steps at global scope, the model shrinking and not
-    python scripts/bench/engine.py score   MODEL IMAGES.npz   every candidate in full against the loops; rows/s
-    python scripts/bench/engine.py memory  MODEL IMAGES.npz   peak memory against the number of images
-    python scripts/bench/engine.py scaling MODEL IMAGES.npz   seconds against images, candidates and layers, with a plot
+    python scripts/bench/engine.py global  MODEL DATA   steps at global scope, the model shrinking and not
+    python scripts/bench/engine.py score   MODEL DATA   every candidate in full against the loops; rows/s
+    python scripts/bench/engine.py memory  MODEL DATA   peak memory against the number of images
+    python scripts/bench/engine.py scaling MODEL DATA   seconds against images, candidates and layers, with a plot
 
-Add --mean, --std, --limit as the model wants them. Times on a busy machine mean nothing: compare ratios.
+DATA is a folder, .npz, .csv or .txt; add --mean, --size, --channels, ... as `onnxcar` takes them. Times on a busy
+machine mean nothing: compare ratios.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from car_speed import inner, loop, numbers
+from car_speed import inner, loop
+from images import add_data, flags, open_data
 from torch_loop import torch_loop
 
 from onnxcar.channels import ChannelSpace
-from onnxcar.data import Dataset, Npz
+from onnxcar.data import Dataset
 from onnxcar.model import load
-from onnxcar.preprocess import Preprocess
 from onnxcar.rules import analyze
 from onnxcar.runtime import open_network
 from onnxcar.scoring import Scorer
@@ -43,10 +44,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("global", "score", "memory", "scaling", "one"))
     parser.add_argument("model")
-    parser.add_argument("images")
-    parser.add_argument("--mean", type=numbers, default=(0.0,))
-    parser.add_argument("--std", type=numbers, default=(1.0,))
-    parser.add_argument("--limit", type=int, help="images, default all")
+    add_data(parser)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--per-step", type=int, default=8)
     parser.add_argument("--groups", type=int, help="score: so many candidates, spread over the network; default all")
@@ -59,9 +57,8 @@ def arguments() -> argparse.Namespace:
 
 def opened(asked: argparse.Namespace, limit: int | None = None) -> tuple[ChannelSpace, Dataset]:
     """The model's structure and the images."""
-    data: Dataset = Npz(asked.images, Preprocess(mean=asked.mean, std=asked.std))
-    n = limit or asked.limit
-    return analyze(load(asked.model)), data.limit(n, 0) if n else data
+    model = load(asked.model)
+    return analyze(model), open_data(asked, model, limit)
 
 
 def options(asked: argparse.Namespace) -> dict[str, object]:
@@ -160,9 +157,7 @@ def memory(asked: argparse.Namespace) -> None:
     """Peak memory of a step, each number of images in a process of its own."""
     peaks = []
     for n in asked.counts or (1_000, 10_000):
-        command = [sys.executable, __file__, "one", asked.model, asked.images, "--limit", str(n)]
-        for name in ("mean", "std"):
-            command += [f"--{name}", ",".join(map(str, getattr(asked, name)))]
+        command = [sys.executable, __file__, "one", asked.model, asked.data, "--limit", str(n), *flags(asked)]
         command += ["--memory-gib", str(asked.memory_gib or 0.25)]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         peaks.append(int(out.split()[-1]))

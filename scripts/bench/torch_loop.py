@@ -108,8 +108,17 @@ def _run(op: str, v: list[Any], a: dict[str, Any]) -> Any:
     raise SystemExit(f"The PyTorch loop does not know {op}; leave it out.")
 
 
-def torch_loop(space: ChannelSpace, groups: frozenset[int], images: np.ndarray, labels: np.ndarray, batch: int) -> int:
-    """Correct samples without these groups, the obvious way, by PyTorch's own default threads."""
+def torch_loop(
+    space: ChannelSpace,
+    groups: frozenset[int],
+    images: np.ndarray,
+    labels: np.ndarray,
+    batch: int,
+    threads: int | None = None,
+) -> int:
+    """Correct samples without these groups, the obvious way; by PyTorch's own default threads if None."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     net = Net(mask(space, Plan(groups)).proto).eval()
     right = 0
     with torch.inference_mode():
