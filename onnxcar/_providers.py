@@ -34,11 +34,24 @@ class Provider:
         name: "cpu", "cuda" or "tensorrt".
         ort_names: What ONNX Runtime is asked for, in order.
         note: One line for people when `auto` had to decide; else empty.
+        buffers: Whether values stay in the device's memory from run to run. Always so on a GPU; the CPU can do the
+            same, which is how it is tested.
     """
 
     name: str
     ort_names: tuple[str, ...]
     note: str = ""
+    buffers: bool = False
+
+    @property
+    def on_device(self) -> bool:
+        """Whether values stay in the device's memory."""
+        return self.buffers or self.name != "cpu"
+
+    @property
+    def device(self) -> str:
+        """ONNX Runtime's name of the memory."""
+        return "cpu" if self.name == "cpu" else "cuda"
 
 
 def onnx_runtime() -> Any:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
+from onnxcar._device import Buffer, bind_inputs, bind_outputs
 from onnxcar._graphs import constants, cut, extract, free_batch, graph_inputs, plain, uses, value_types
 from onnxcar._providers import Provider, onnx_runtime, resolve_provider
 from onnxcar.errors import DataError, ModelError, RuntimeMissingError
@@ -86,10 +87,13 @@ class Session:
         self._inner = inner
         self.provider = provider
         self.threads = threads
+        self.on_device = provider.on_device
         self.inputs: tuple[Input, ...] = tuple(
             Input(i.name, _numpy_type(i.type), _sizes(i.shape)) for i in inner.get_inputs()
         )
         self.outputs: tuple[str, ...] = tuple(o.name for o in inner.get_outputs())
+        self._kinds = {o.name: _numpy_type(o.type) for o in inner.get_outputs()}
+        self._rows: dict[str, tuple[int, ...]] = {}
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> list[Array]:
         """Values of the outputs.
@@ -103,35 +107,77 @@ class Session:
             ModelError: ONNX Runtime cannot run the network.
         """
         bound = self.bind(feeds)
+        wanted = self.outputs if outputs is None else outputs
+        if self.on_device:
+            return self._bound(bound, given=wanted)
         try:
-            if self.on_device:
-                return self._run_bound(bound, self.outputs if outputs is None else outputs)
-            return list(self._inner.run(None if outputs is None else list(outputs), bound))
+            return list(self._inner.run(list(wanted), bound))
         except Exception as exc:
             raise ModelError(f"ONNX Runtime failed to run the model: {_first_line(exc)}") from exc
 
-    @property
-    def on_device(self) -> bool:
-        """Whether inputs have to travel to a device: then `hold` what is fed more than once."""
-        return self.provider.name != "cpu"
-
     def hold(self, value: Array) -> Any:
-        """The array on the session's device, to be fed again and again without a copy."""
-        if not self.on_device:
-            return value
-        return onnx_runtime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), "cuda", 0)
+        """The array where the session runs, to be fed again and again without a copy."""
+        return Buffer.of(self.provider.device, value) if self.on_device else value
 
-    def _run_bound(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Array]:
-        binding = self._inner.io_binding()
-        for name, value in feeds.items():
-            if isinstance(value, np.ndarray):
-                binding.bind_cpu_input(name, value)
-            else:
-                binding.bind_ortvalue_input(name, value)
-        for name in outputs:
-            binding.bind_output(name)
-        self._inner.run_with_iobinding(binding)
-        return list(binding.copy_outputs_to_cpu())
+    def run_held(self, feeds: Mapping[str, Any], output: str | None = None) -> Buffer:
+        """One output, by default the first, left on the device.
+
+        Raises:
+            ModelError: ONNX Runtime cannot run the network.
+        """
+        name = self.outputs[0] if output is None else output
+        return Buffer.taken(self.provider.device, self._bound(self.bind(feeds), kept=[name])[0], self._kinds[name])
+
+    def run_into(
+        self, feeds: Mapping[str, Any], into: Mapping[str, Buffer], outputs: Sequence[str] = ()
+    ) -> list[Array]:
+        """Write outputs to buffers that have their shape.
+
+        Args:
+            feeds: As of `run`.
+            into: Output -> where it goes.
+            outputs: Others, which come back to the host.
+
+        Raises:
+            ModelError: ONNX Runtime cannot run the network, or an output has another shape.
+        """
+        return self._bound(self.bind(feeds), into=into, given=outputs)
+
+    def room(self, names: Sequence[str], n: int, few: Mapping[str, Any]) -> dict[str, Buffer]:
+        """Buffers for the outputs `names` of n samples.
+
+        Args:
+            names: Outputs with a row for each sample.
+            n: Samples.
+            few: Feeds of a few samples, run once to see how large a row is.
+        """
+        unknown = [name for name in names if name not in self._rows]
+        if unknown:
+            for name, value in zip(unknown, self.run(few, unknown), strict=True):
+                self._rows[name] = value.shape[1:]
+        return {name: Buffer.empty(self.provider.device, (n, *self._rows[name]), self._kinds[name]) for name in names}
+
+    def _bound(
+        self,
+        feeds: Mapping[str, Any],
+        *,
+        into: Mapping[str, Buffer] | None = None,
+        kept: Sequence[str] = (),
+        given: Sequence[str] = (),
+    ) -> list[Any]:
+        """A run through a binding: values of `kept` and `given`, in this order. It is over when this returns."""
+        wanted = list(dict.fromkeys(given))  # a name can be bound once
+        try:
+            binding = self._inner.io_binding()
+            lent = bind_inputs(binding, feeds)
+            bind_outputs(binding, into or {}, kept, wanted, self.provider.device)
+            self._inner.run_with_iobinding(binding)
+            made = binding.get_outputs()[len(into or {}) :]
+            del lent
+            back = {name: value.numpy() for name, value in zip(wanted, made[len(kept) :], strict=True)}
+            return [*made[: len(kept)], *(back[name] for name in given)]
+        except Exception as exc:
+            raise ModelError(f"ONNX Runtime failed to run the model: {_first_line(exc)}") from exc
 
     def bind(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """The feeds by the graph's own names, checked against its shapes and cast to its types."""
@@ -223,8 +269,8 @@ def _sizes(shape: Sequence[Any]) -> tuple[int | None, ...]:
 
 
 def _fit(value: Any, want: Input) -> Any:
-    if not isinstance(value, np.ndarray):
-        return value  # an OrtValue, already on the device
+    if isinstance(value, Buffer):
+        return value  # on the device, from a run or from `hold`
     if value.dtype != want.dtype:
         if value.dtype.kind == "f" and want.dtype.kind in "iu":
             limits = np.iinfo(want.dtype)

@@ -151,7 +151,7 @@ def opened(build, make_model, metric="top1", seed=0, n=240, **options):
     proto, readers = build(make_model, seed=seed)
     proto, samples = trained(proto, "fc_w", seed=seed, n=n)
     space = analyze(from_proto(proto))
-    scorer = Scorer(space, samples, metric=metric, provider="cpu", threads=1, **options)
+    scorer = Scorer(space, samples, metric=metric, **{"provider": "cpu", "threads": 1, **options})
     return scorer, Loop(proto, readers, space, samples)
 
 

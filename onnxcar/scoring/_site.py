@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from onnxcar._device import Buffer
 from onnxcar.channels import ChannelSpace
 from onnxcar.errors import DataError, ModelError
 from onnxcar.executors import Pool
 from onnxcar.model import Model
 from onnxcar.runtime import Network, Session, extract, graph_inputs, session, uses
 from onnxcar.scoring._build import PREFIX, batch_first, cut_values, gather_rows, mask_name, masked, outputs, value_kinds
+from onnxcar.scoring._held import Sizes, channel_sizes, filled
 from onnxcar.scoring._linear import Reader, linear_readers, subtract
 
 __all__ = ["BASE", "Block", "Site", "open_site", "reads_of", "shared_site", "whole_site"]
@@ -35,38 +37,22 @@ SAFETY = 64  # rows whose outputs are nearer than so many times the rounding see
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Cut values of some images, held in memory.
+    """Cut values of some images, held in memory: arrays, or `Buffer`s where sessions run on a device.
 
     Attributes:
         indices: Which images, (k,).
         values: Value name -> (k, ...).
         read: Output of each linear reader for the network as pruned so far, (k, ...); see `Site.refresh`.
-        device: Copies on the device, by name; see `held`.
     """
 
     indices: Indices
-    values: dict[str, Array]
-    read: dict[str, Array] = field(default_factory=dict)
-    device: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any]
+    read: dict[str, Any] = field(default_factory=dict)
 
-    def held(self, session: Session) -> dict[str, Any]:
-        """All values where the session runs: on a GPU they are copied there once."""
-        if not session.on_device:
-            return self.values | self.read
-        for name, value in (self.values | self.read).items():
-            if name not in self.device:
-                self.device[name] = session.hold(value)
-        return self.device
-
-    def flat(self, name: str, session: Session) -> Any:
-        """A value with images and channels on one axis, (k * channels, ...), where the session runs."""
+    def flat(self, name: str) -> Any:
+        """A value with images and channels on one axis, (k * channels, ...)."""
         value = self.values[name]
-        flat = value.reshape(-1, *value.shape[2:])
-        if not session.on_device:
-            return flat
-        if (key := "flat." + name) not in self.device:
-            self.device[key] = session.hold(flat)
-        return self.device[key]
+        return value.reshape(-1, *value.shape[2:])
 
     def where(self, images: Indices) -> Indices:
         """Positions of some of its images in the arrays; `indices` rise."""
@@ -143,6 +129,7 @@ class Site:
         self._groups = {k: space.reads[k].groups for k in reads}
         self._types = {i.name: i.dtype for i in suffix.inputs}
         self._keep: dict[int, Array] = {}
+        self._sizes: dict[Any, Sizes] = {}
         self.set_removed(())
 
     def set_removed(self, removed: Collection[int]) -> None:
@@ -155,6 +142,10 @@ class Site:
         self, inputs: Callable[[Indices], dict[str, Array]], indices: Indices, batch: int, pool: Pool | None = None
     ) -> Block:
         """Cut values of the images at `indices`; `inputs` gives their network inputs."""
+        if self.by_row and self.prefix is not None and self.suffix.on_device:
+            front = self.prefix.session
+            held = filled(front, self.cut, lambda i, j: inputs(indices[i:j]), len(indices), batch, pool)
+            return Block(indices, held)
         values: dict[str, Array] = {}
 
         def run(start: int) -> tuple[int, list[Array]]:
@@ -173,15 +164,20 @@ class Site:
         wanted = {i.name for i in session.inputs}
         masks = {name: value for name, value in self.masks(np.asarray([BASE]), session).items() if name in wanted}
         n = len(block.indices)
+        values = {name: value for name, value in block.values.items() if name in wanted}
+
+        def feeds(first: int, last: int) -> dict[str, Any]:
+            return masks | {name: value[first:last] for name, value in values.items()}
+
+        if session.on_device:
+            block.read.update(filled(session, session.outputs, feeds, n, batch, pool, block.read))
+            return
 
         def run(start: int) -> tuple[int, list[Array]]:
-            feeds = {name: v[start : start + batch] for name, v in block.values.items() if name in wanted}
-            return start, session.run(feeds | masks)
+            return start, session.run(feeds(start, start + batch))
 
         for start, got in (pool or Pool(1)).map(run, range(0, n, batch)):
             _store(block.read, dict(zip(session.outputs, got, strict=True)), start, n)
-        for name in session.outputs:
-            block.device.pop(name, None)
 
     def masks(self, candidates: Indices, session: Session | None = None) -> dict[str, Array]:
         """Feeds that mask each row's candidate, (k,), and all removed groups."""
@@ -194,6 +190,23 @@ class Site:
                 alive = self._keep[k] & (groups != candidates.reshape(shape))
                 out[name] = alive.astype(types[name])
         return out
+
+    def sizes(self, k: int, block: Block) -> npt.NDArray[np.float32]:
+        """Sum of squares of the channels at the read k, one of `entries`, on each image, (k, channels).
+
+        Zero exactly where all values of a channel are zero.
+        """
+        read = self.space.reads[k]
+        values = block.values[read.value]
+        rest = tuple(axis for axis, size in enumerate(read.groups.shape) if axis > 0 and size == 1)
+        if isinstance(values, Buffer):
+            key = (values.dtype.str, len(values.shape), rest)
+            if key not in self._sizes:
+                self._sizes[key] = Sizes(
+                    values.dtype, len(values.shape), rest, self.suffix.provider, self.suffix.threads
+                )
+            return self._sizes[key].of(values)
+        return channel_sizes(values, rest)
 
     def run(self, block: Block, candidates: Indices, rows: Indices, *, exact: bool = True) -> Array:
         """First output of the network for each pair, (k, ...).
@@ -227,7 +240,7 @@ class Site:
 
     def _run_rows(self, block: Block, candidates: Indices, rows: Indices) -> Array:
         wanted = {i.name for i in self.suffix.inputs}
-        feeds: dict[str, Any] = {PREFIX + "all." + name: value for name, value in block.held(self.suffix).items()}
+        feeds: dict[str, Any] = {PREFIX + "all." + name: value for name, value in (block.values | block.read).items()}
         feeds = {name: value for name, value in feeds.items() if name in wanted}
         feeds[PREFIX + "rows"] = rows
         feeds.update(self.masks(candidates))
@@ -235,12 +248,12 @@ class Site:
 
     def _run_short(self, short: Shortcut, block: Block, candidates: Indices, rows: Indices) -> Array:
         feeds: dict[str, Any] = {PREFIX + "rows": rows}
-        feeds |= {f"{PREFIX}all.{name}": value for name, value in block.held(short.suffix).items()}
+        feeds |= {f"{PREFIX}all.{name}": value for name, value in (block.values | block.read).items()}
         for reader in short.readers:
             if PREFIX + "flat." + reader.value in feeds:
                 continue
             value = block.values[reader.value]
-            feeds[PREFIX + "flat." + reader.value] = block.flat(reader.value, short.suffix)
+            feeds[PREFIX + "flat." + reader.value] = block.flat(reader.value)
             position, channels = reader.lookup(candidates)
             feeds[PREFIX + "candidate." + reader.value] = position
             feeds[PREFIX + "channel." + reader.value] = rows[:, None] * value.shape[1] + channels

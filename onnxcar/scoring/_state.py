@@ -240,15 +240,7 @@ def _norms(site: Site, block: Block) -> dict[int, npt.NDArray[np.float32]]:
     total: dict[int, npt.NDArray[np.float32]] = {}
     for k in site.entries:
         read = site.space.reads[k]
-        values = block.values[read.value]
-        rest = tuple(axis for axis, size in enumerate(read.groups.shape) if axis > 0 and size == 1)
-        sizes = np.empty((len(values), read.groups.size), np.float32)
-        for start in range(0, len(values), 64):
-            part = values[start : start + 64].astype(np.float32, copy=False)
-            norm = np.square(part).sum(rest) if rest else np.square(part)
-            # Squares underflow: what is not zero must not look like it.
-            tiny = (norm == 0) & ((part != 0).any(rest) if rest else part != 0)
-            sizes[start : start + 64] = np.where(tiny, np.finfo(np.float32).tiny, norm).reshape(len(part), -1)
+        sizes = site.sizes(k, block)
         ids = read.groups.ravel()
         for group in _members(ids):
             mine = sizes[:, ids == group].sum(1)

@@ -7,17 +7,20 @@ so that neither this pass nor the sites' suffixes are made anew when groups leav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from onnxcar._device import Buffer
 from onnxcar.channels import ChannelSpace
 from onnxcar.errors import ModelError
 from onnxcar.executors import Pool
 from onnxcar.model import Model
 from onnxcar.runtime import Network, extract, graph_inputs, session
 from onnxcar.scoring._build import batch_first, cut_values, mask_name, masked, outputs, value_kinds
+from onnxcar.scoring._held import filled
 from onnxcar.scoring._linear import linear_readers
 from onnxcar.scoring._site import Block, Site, shared_site
 
@@ -65,6 +68,7 @@ class Trunk:
         self._session = session(Model(made, "", space.model.path), provider=inner.provider, threads=inner.threads)
         self._types = {i.name: i.dtype for i in self._session.inputs}
         self._room: dict[str, Array] = {}
+        self._held: dict[str, Buffer] = {}
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """Memory of one image's values of these names."""
@@ -77,18 +81,23 @@ class Trunk:
         self._values = tuple(name for name in self._values if name in values)
         self._read = tuple(name for name in self._read if name in read)
         self._room.clear()
+        self._held.clear()
 
     def run(self, feeds: Mapping[str, Array], removed: frozenset[int], *, values: bool = True) -> dict[str, Array]:
         """Values of some images without the groups `removed`; the network's output under the key ""."""
-        alive = self.space.alive(removed)
-        masks = {
-            mask_name(k): alive[read.groups].astype(self._types[mask_name(k)])
-            for k, read in enumerate(self.space.reads)
-        }
+        masks = self.masks(removed)
         wanted = [*(self._made if values else ()), self._output]
         got = dict(zip(wanted, self._session.run(dict(feeds) | masks, wanted), strict=True))
         out = {name: got[name] for name in self._made} | {name: feeds[name] for name in self._direct} if values else {}
         return out | {"": got[self._output]}
+
+    def masks(self, removed: frozenset[int]) -> dict[str, Array]:
+        """Feeds that mask these groups."""
+        alive = self.space.alive(removed)
+        return {
+            mask_name(k): alive[read.groups].astype(self._types[mask_name(k)])
+            for k, read in enumerate(self.space.reads)
+        }
 
     def load(
         self,
@@ -110,6 +119,8 @@ class Trunk:
             outputs: Told the network's outputs of images.
         """
         n = len(indices)
+        if self._session.on_device:
+            return self._load_held(inputs, indices, removed, batch, pool, outputs)
         if any(len(room) < n for room in self._room.values()):
             self._room.clear()
 
@@ -127,6 +138,43 @@ class Trunk:
         for at, out in pool.map(run, range(0, n, batch)):
             outputs(at, out)
         held = {name: room[:n] for name, room in self._room.items()}
+        return Block(indices, {name: held[name] for name in self._values}, {name: held[name] for name in self._read})
+
+    def _load_held(
+        self,
+        inputs: Callable[[Indices], dict[str, Array]],
+        indices: Indices,
+        removed: frozenset[int],
+        batch: int,
+        pool: Pool,
+        outputs: Callable[[Indices, Array], None],
+    ) -> Block:
+        """As `load`, with the values left on the device."""
+        masks = {name: self._session.hold(mask) for name, mask in self.masks(removed).items()}
+        n, lock = len(indices), Lock()
+        made = [name for name in self._made if name != self._output]
+        rooms: dict[str, Array] = {}  # what the host has anyway
+
+        def keep(name: str, first: int, value: Array) -> None:
+            with lock:
+                room = rooms.setdefault(name, np.empty((n, *value.shape[1:]), value.dtype))
+            room[first : first + len(value)] = value
+
+        def feeds(first: int, last: int) -> dict[str, Any]:
+            got = inputs(indices[first:last])
+            for name in self._direct:
+                keep(name, first, got[name])
+            return got | masks
+
+        def told(first: int, last: int, got: list[Array]) -> None:
+            outputs(indices[first:last], got[0])
+            if self._output in self._made:
+                keep(self._output, first, got[0])
+
+        held = filled(self._session, made, feeds, n, batch, pool, self._held, told, others=[self._output])
+        if any(len(buffer) > len(self._held.get(name, ())) for name, buffer in held.items()):
+            self._held = dict(held)
+        held = held | {name: self._session.hold(room) for name, room in rooms.items()}
         return Block(indices, {name: held[name] for name in self._values}, {name: held[name] for name in self._read})
 
 
