@@ -124,7 +124,7 @@ class Dataset:
     def inputs(self, indices: ArrayLike) -> dict[str, NDArray[Any]]:
         """Network inputs of some samples, in the order asked for.
 
-        Images are decoded in parallel and once: their pixels are kept within bounds, in memory, then on disk.
+        Images are decoded in parallel and once: their pixels are kept within bounds, in memory and on disk.
 
         Args:
             indices: Positions in this data set, (k,).
@@ -147,7 +147,9 @@ class Dataset:
         def read(missing: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
             return source.pixels(missing, pre, self._threads)
 
-        return {"": normalize(self._stacked(self._cache.get(at, read), at), pre)}
+        # The key of what is kept on disk takes a look at every file of the source: not for a small part of it.
+        lasting = 2 * len(self) >= len(source)
+        return {"": normalize(self._stacked(self._cache.get(at, read, lasting=lasting), at), pre)}
 
     def subset(self, indices: ArrayLike) -> Dataset:
         """The samples at these positions, in this order; decoded images are shared with this data set."""

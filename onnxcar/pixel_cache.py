@@ -1,8 +1,9 @@
-"""Preprocessed pixels, kept so that every image is decoded once: in memory up to a bound, then on disk.
+"""Preprocessed pixels, kept so that every image is decoded once: in memory up to a bound, and on disk.
 
-The first images that come stay in memory until the bound is full; what does not fit goes to a sparse file that is
-keyed by the content of the data set and the preprocessing, so that other processes and later runs find it; beyond the
-bound on disk images are decoded again. Whatever is kept where, the same pixels come back.
+The first images that come stay in memory until the bound is full. What does not fit, and all images of a set whose
+decoding takes long enough to be worth it, go to a sparse file that is keyed by the content of the data set and the
+preprocessing, so that other processes and later runs find them; beyond the bound on disk images are decoded again.
+Whatever is kept where, the same pixels come back.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = ["PixelCache", "cache_folder"]
 
 Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
+WORTH_BYTES = 64 << 20  # pixels of a whole set from which they are kept for later runs: seconds of decoding
 
 
 def cache_folder() -> Path:
@@ -61,30 +63,42 @@ class PixelCache:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
-    def get(self, indices: Indices, read: Callable[[Indices], list[Pixels]]) -> list[Pixels]:
-        """The pixels of `indices`; those not kept come from `read` and are kept where there is room."""
+    def get(self, indices: Indices, read: Callable[[Indices], list[Pixels]], *, lasting: bool = False) -> list[Pixels]:
+        """The pixels of `indices`; those not kept come from `read` and are kept where there is room.
+
+        Args:
+            indices: Positions in the source, (k,).
+            read: Decodes.
+            lasting: Most of the source will be asked for: a set that is large enough is kept on disk from the start.
+        """
         found: dict[int, Pixels] = {}
         for i in {int(i) for i in indices}:
             row = self._rows.get(i)
             if row is None and self._file is not None:
                 row = self._file.get(i)
+                if row is not None:
+                    self._hold(i, row)
             if row is not None:
                 found[i] = row
         missing = np.array(sorted({int(i) for i in indices} - found.keys()), np.int64)
         if len(missing):
             for i, row in zip(missing.tolist(), read(missing), strict=True):
                 found[i] = row
-                self._keep(i, row)
+                self._keep(i, row, lasting and self._n * row.nbytes >= WORTH_BYTES)
         return [found[int(i)] for i in indices]
 
-    def _keep(self, index: int, row: Pixels) -> None:
+    def _hold(self, index: int, row: Pixels) -> bool:
+        """Have a row in memory if there is room."""
         with self._lock:
-            if index in self._rows:
-                return
-            if row.nbytes <= self._memory_left:
+            if index not in self._rows and row.nbytes <= self._memory_left:
                 self._memory_left -= row.nbytes
                 self._rows[index] = np.ascontiguousarray(row)
-                return
+            return index in self._rows
+
+    def _keep(self, index: int, row: Pixels, lasting: bool) -> None:
+        if self._hold(index, row) and not lasting:
+            return
+        with self._lock:
             if self._file is None and not self._file_failed and self._disk_bytes > 0:
                 self._open_file(row)
             if self._file is not None:

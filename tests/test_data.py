@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onnxcar import data_files, dataset
+from onnxcar import data_files, dataset, pixel_cache
 from onnxcar.data import DataWarning, FromCallable, ImageFolder, ListFile, Npz, open_dataset, overlap
 from onnxcar.errors import ConfigError, DataError
 from onnxcar.preprocess import Preprocess
@@ -551,6 +551,29 @@ def test_what_exceeds_memory_goes_to_disk_and_is_found_again(tmp_path: Path, cac
     other, changed = counted(tmp_path, 9, 0)
     assert not np.array_equal(changed.inputs([0])[""], want[9:])
     assert other.decoded == 1
+
+
+def test_a_set_that_is_worth_it_is_found_by_the_next_process(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixel_cache, "WORTH_BYTES", 6 * 8 * 8 * 3)
+    source, data = counted(tmp_path, 6, 1 << 20)
+    want = data.inputs(np.arange(6))[""]
+    assert len([p for p in cache.rglob("*") if p.is_file()]) == 2
+    other, again = counted(tmp_path, 6, 1 << 20)
+    np.testing.assert_array_equal(again.inputs([0])[""], want[:1])  # the size of a row is known from now on
+    np.testing.assert_array_equal(again.inputs(np.arange(6))[""], want)
+    np.testing.assert_array_equal(again.inputs(np.arange(6))[""], want)
+    assert (source.decoded, other.decoded) == (6, 1)
+
+
+def test_a_small_part_of_a_set_leaves_nothing_on_disk(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixel_cache, "WORTH_BYTES", 0)
+    _, data = counted(tmp_path, 6, 1 << 20)
+    data.subset([0, 1]).inputs(np.arange(2))
+    assert not list(cache.iterdir())
 
 
 def test_damaged_cache_is_decoded_again(tmp_path: Path, cache: Path) -> None:

@@ -4,6 +4,7 @@
     python scripts/bench/engine.py score   MODEL DATA   every candidate in full against the loops; rows/s
     python scripts/bench/engine.py memory  MODEL DATA   peak memory against the number of images
     python scripts/bench/engine.py scaling MODEL DATA   seconds against images, candidates and layers, with a plot
+    python scripts/bench/engine.py pixels  MODEL DATA   decoding, prefix and both, in a first process and in a second
 
 DATA is a folder, .npz, .csv or .txt; add --mean, --size, --channels, ... as `onnxcar` takes them. Times on a busy
 machine mean nothing: compare ratios.
@@ -12,10 +13,12 @@ machine mean nothing: compare ratios.
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +28,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from car_speed import inner, loop
 from images import add_data, flags, open_data
-from torch_loop import torch_loop
 
 from onnxcar.channels import ChannelSpace
 from onnxcar.data import Dataset
@@ -42,7 +44,7 @@ BATCHES = (8, 16, 32, 64, 128, 256)
 def arguments() -> argparse.Namespace:
     """What is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("global", "score", "memory", "scaling", "one"))
+    parser.add_argument("what", choices=("global", "score", "memory", "scaling", "pixels", "one", "once"))
     parser.add_argument("model")
     add_data(parser)
     parser.add_argument("--steps", type=int, default=4)
@@ -52,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory-gib", type=float, help="bound given to the scorer")
     parser.add_argument("--counts", type=int, nargs="*", help="memory, scaling: numbers of images")
     parser.add_argument("--plot", default="docs/img/cost-against-work.png")
+    parser.add_argument("--threads", type=int)
     return parser.parse_args()
 
 
@@ -64,7 +67,7 @@ def opened(asked: argparse.Namespace, limit: int | None = None) -> tuple[Channel
 def options(asked: argparse.Namespace) -> dict[str, object]:
     """Of a scorer."""
     memory = None if asked.memory_gib is None else int(asked.memory_gib * 2**30)
-    return {"provider": "cpu", "memory_bytes": memory}
+    return {"provider": "cpu", "memory_bytes": memory, "threads": asked.threads}
 
 
 def all_compete(asked: argparse.Namespace) -> None:
@@ -103,6 +106,8 @@ def in_full(asked: argparse.Namespace) -> None:
     ours = (time.perf_counter() - start) / len(groups)
     print(f"{len(data)} images, {len(groups)} candidates: {ours:.3f} s a candidate, {scorer.work.rows} rows run")
     some = groups[:: max(1, len(groups) // asked.loops)][: asked.loops]
+    from torch_loop import torch_loop  # PyTorch takes memory that `memory` must not count
+
     for name, run in (("ONNX Runtime", loop), ("PyTorch", torch_loop)):
         seconds, wrong = [], 0
         for group in some:
@@ -165,6 +170,39 @@ def memory(asked: argparse.Namespace) -> None:
     print(f"largest over smallest: {max(peaks) / min(peaks):.2f}")
 
 
+def once(asked: argparse.Namespace) -> None:
+    """For `pixels`: seconds of CPU and of the clock that pixels alone take, a scorer's base, and the base once more."""
+    space, data = opened(asked)
+    done: list[str] = []
+
+    def timed(what: str, run: Callable[[], object]) -> None:
+        start = time.perf_counter(), time.process_time()
+        run()
+        wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+        done.append(f"{what} {cpu:.1f} s of CPU in {wall:.1f} s")
+
+    if asked.steps == 0:  # pixels alone, batch by batch as a search takes them
+        timed("pixels", lambda: [data.inputs(np.arange(i, min(i + 32, len(data)))) for i in range(0, len(data), 32)])
+    scorer = Scorer(space, data, **options(asked))
+    timed("whole network", scorer.base)
+    scorer._scores.clear()
+    timed("once more", scorer.base)
+    print("; ".join(done))
+
+
+def pixels(asked: argparse.Namespace) -> None:
+    """Decoding against computing, with an empty cache and with a full one, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as cache:
+        for steps, name in ((0, "apart, nothing kept yet"), (4, "together, nothing kept yet"), (4, "second process")):
+            folder = Path(cache) / ("apart" if steps == 0 else "together")
+            command = [sys.executable, __file__, "once", asked.model, asked.data, "--steps", str(steps), *flags(asked)]
+            command += ["--limit", str(asked.limit)] if asked.limit else []
+            env = dict(os.environ, ONNXCAR_CACHE=str(folder))
+            out = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+            kept = sum(f.stat().st_blocks * 512 for f in folder.rglob("*") if f.is_file()) if folder.exists() else 0
+            print(f"{name}: {out.strip()}; {kept >> 20} MiB kept on disk", flush=True)
+
+
 def timed(run: Callable[[], object]) -> float:
     """Seconds of CPU: another process takes none of them."""
     start = time.process_time()
@@ -209,4 +247,5 @@ def scaling(asked: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     asked = arguments()
-    {"global": all_compete, "score": in_full, "memory": memory, "scaling": scaling, "one": one}[asked.what](asked)
+    runs = {"global": all_compete, "score": in_full, "memory": memory, "one": one, "pixels": pixels, "once": once}
+    (runs | {"scaling": scaling})[asked.what](asked)
