@@ -25,6 +25,8 @@ class Judge:
         labelled: Whether they are classes.
         n_classes: Width of the outputs (0 without class labels).
         probabilities: Whether the outputs are probabilities rather than logits.
+        columns: Outputs that count, None: all.
+        loss_cap: What one sample loses at most, in units of 2^-30 nats.
     """
 
     def __init__(
@@ -46,14 +48,14 @@ class Judge:
         self.metric = how
         self.targets = np.asarray(targets)
         self.labelled = self.targets.dtype.kind in "iu" and self.targets.ndim == 1
-        self._columns: Array | None = None
+        self.columns: Array | None = None
         whole = self._squeeze(outputs)
         if columns is not None and (whole.ndim != 2 or int(columns[-1]) >= whole.shape[1]):
             raise DataError(
                 f"Class {int(columns[-1])} was asked for, and the network's first output has shape {whole.shape}. "
                 "Correct --classes, or --label-offset."
             )
-        self._columns = columns
+        self.columns = columns
         sample = self._squeeze(outputs)
         self.n_classes = 0
         if how.classes and not self.labelled:
@@ -73,7 +75,7 @@ class Judge:
                 metric=how.name,
             )
         self.probabilities = softmax and self.labelled and _sum_to_one(whole)
-        self._loss_cap = min(LOSS_CAP * LOSS_ONE, SUM_CAP // max(1, len(self.targets)))
+        self.loss_cap = min(LOSS_CAP * LOSS_ONE, SUM_CAP // max(1, len(self.targets)))
         self._weights = self._class_weights() if how.name == "balanced" else None
         self._column: Array = np.ones(1)
         self._unit = 1.0
@@ -84,7 +86,7 @@ class Judge:
     def largest_cost(self) -> int:
         """What one sample costs at most."""
         if self.metric.name == "loss":
-            return self._loss_cap
+            return self.loss_cap
         if self._weights is not None:
             return max(1, int(self._weights.max()))
         return 1 if self.metric.classes else SUM_CAP // max(1, len(self.targets))
@@ -158,7 +160,7 @@ class Judge:
         out = np.asarray(outputs)
         while out.ndim > 2 and out.shape[-1] == 1:
             out = out[..., 0]
-        return out if self._columns is None else out[:, self._columns]
+        return out if self.columns is None else out[:, self.columns]
 
     def rows(self, outputs: Array, indices: npt.NDArray[np.int64]) -> Rows:
         """Results of the samples at `indices`, (k,), from the network's first output, (k, ...)."""
@@ -173,18 +175,31 @@ class Judge:
             cost = none if not self.metric.additive else self._number_cost(out, targets)
             return Rows(cost, none, no, no, np.zeros(k, np.float32), out)
         top1, top5, margin, loss = self._classify(out, targets)
+        if self.metric.additive and self.metric.classes:
+            return self.counted(top1, top5, margin, loss, indices, out)
+        cost = none if not self.metric.additive else self._number_cost(out, targets)
+        return Rows(cost, loss, top1, top5, margin, out)
+
+    def counted(
+        self,
+        top1: npt.NDArray[np.bool_],
+        top5: npt.NDArray[np.bool_],
+        margin: npt.NDArray[np.float32],
+        loss: npt.NDArray[np.int64],
+        indices: npt.NDArray[np.int64],
+        outputs: Array | None = None,
+    ) -> Rows:
+        """Results of samples whose ranks are known already, for metrics that count classes; see `Rows`."""
         name = self.metric.name
         if name == "loss":
             cost = loss
         elif name == "top5":
             cost = (~top5).astype(np.int64)
         elif self._weights is not None:
-            cost = np.where(top1, 0, self._weights[targets])
-        elif self.metric.additive and self.metric.classes:
-            cost = (~top1).astype(np.int64)
+            cost = np.where(top1, 0, self._weights[self.targets[indices]])
         else:
-            cost = none if not self.metric.additive else self._number_cost(out, targets)
-        return Rows(cost, loss, top1, top5, margin, out)
+            cost = (~top1).astype(np.int64)
+        return Rows(cost, loss, top1, top5, margin, margin if outputs is None else outputs)
 
     def doubtful(self, outputs: Array, indices: npt.NDArray[np.int64], distance: float) -> npt.NDArray[np.bool_]:
         """Samples whose being right or wrong hangs on outputs nearer to one another than `distance`, (k,)."""
@@ -215,7 +230,7 @@ class Judge:
         if self.probabilities:
             with np.errstate(divide="ignore"):
                 # Of some classes only, a probability is what it is among them.
-                share = own if self._columns is None else own / np.maximum(x.sum(1), 1e-45)
+                share = own if self.columns is None else own / np.maximum(x.sum(1), 1e-45)
                 loss = -np.log(np.maximum(share, 1e-45))
         else:
             high = np.maximum(best, own)
@@ -228,7 +243,7 @@ class Judge:
             nan = np.isnan(x).any(1)
             ahead = np.where(nan, x.shape[1], ahead)
             margin = np.where(np.isnan(margin), np.float32(-np.inf), margin)
-        return ahead == 0, ahead < TOP, margin, _whole(loss * LOSS_ONE, self._loss_cap)
+        return ahead == 0, ahead < TOP, margin, _whole(loss * LOSS_ONE, self.loss_cap)
 
     def tally(self, rows: Rows, indices: npt.NDArray[np.int64]) -> Tally:
         """Sums of these rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
@@ -11,9 +12,22 @@ from onnxcar.channels import ChannelSpace, Read
 from onnxcar.errors import ModelError
 from onnxcar.runtime import constants, uses, value_types
 
-__all__ = ["PREFIX", "batch_first", "cut_values", "gather_rows", "mask_name", "masked", "outputs", "value_kinds"]
+__all__ = [
+    "CANDIDATE",
+    "PREFIX",
+    "batch_first",
+    "cut_values",
+    "expand_masks",
+    "gather_rows",
+    "keep_name",
+    "mask_name",
+    "masked",
+    "outputs",
+    "value_kinds",
+]
 
 PREFIX = "onnxcar."
+CANDIDATE = PREFIX + "candidate"
 
 
 def masked(
@@ -116,6 +130,37 @@ def gather_rows(proto: onnx.ModelProto, cut: Sequence[str]) -> None:
     graph.node.extend([*gathers, *nodes])
 
 
+def expand_masks(proto: onnx.ModelProto, space: ChannelSpace, reads: Collection[int]) -> None:
+    """Masks are made in the graph: each row's candidate becomes an input, (k,), and so does what is kept anyway.
+
+    ``keep.<read>`` is 0 where a channel is gone in every row; it has the shape of the read's groups.
+    """
+    graph = proto.graph
+    nodes: list[onnx.NodeProto] = []
+    for info in list(graph.input):
+        k = next((k for k in reads if mask_name(k) == info.name), None)
+        if k is None:
+            continue
+        groups = space.reads[k].groups
+        at, kind = f"{PREFIX}expand.{k}.", info.type.tensor_type.elem_type
+        info.name = keep_name(k)
+        graph.initializer.append(numpy_helper.from_array(groups.astype(np.int64), at + "groups"))
+        shape = np.asarray([-1, *(1,) * (groups.ndim - 1)], np.int64)
+        graph.initializer.append(numpy_helper.from_array(shape, at + "shape"))
+        nodes += [
+            helper.make_node("Reshape", [CANDIDATE, at + "shape"], [at + "candidate"]),
+            helper.make_node("Equal", [at + "groups", at + "candidate"], [at + "hit"]),
+            helper.make_node("Not", [at + "hit"], [at + "spared"]),
+            helper.make_node("Cast", [at + "spared"], [at + "factor"], to=kind),
+            helper.make_node("Mul", [at + "factor", keep_name(k)], [mask_name(k)]),
+        ]
+    if nodes:
+        graph.input.append(helper.make_tensor_value_info(CANDIDATE, onnx.TensorProto.INT64, None))
+        old = list(graph.node)
+        del graph.node[:]
+        graph.node.extend([*nodes, *old])
+
+
 def batch_first(space: ChannelSpace, read: Read) -> bool:
     fixed = space.facts.dims_fixed(read.value)
     return read.groups.shape[0] == 1 and len(fixed) > 0 and not fixed[0]
@@ -128,6 +173,10 @@ def _is_row(space: ChannelSpace, name: str) -> bool:
 
 def mask_name(read: int) -> str:
     return f"{PREFIX}mask.{read}"
+
+
+def keep_name(read: int) -> str:
+    return f"{PREFIX}keep.{read}"
 
 
 def outputs(proto: onnx.ModelProto) -> list[str]:

@@ -13,7 +13,7 @@ from onnxcar._device import Buffer, aligned
 from onnxcar.executors import Pool
 from onnxcar.runtime import Provider, Session, session
 
-__all__ = ["Sizes", "channel_sizes", "filled"]
+__all__ = ["Sizes", "channel_sizes", "few_sizes", "filled"]
 
 Array = npt.NDArray[Any]
 OPSET, IR = 13, 7  # of graphs that are ours alone; what ONNX Runtime 1.20 and later all run
@@ -59,6 +59,15 @@ def filled(
         if told is not None:
             told(start, stop, got)
     return made
+
+
+def few_sizes(n: int) -> int:
+    """The rows that a run of n rows is filled up to: 4, 5, 6 or 7 times a power of two.
+
+    A GPU prepares its kernels for each number of rows that it meets; a fifth of the rows at most are run in vain.
+    """
+    unit = 1 << max(0, n.bit_length() - 3)
+    return max(4, -(-n // unit) * unit)
 
 
 class Sizes:

@@ -19,10 +19,12 @@ from onnxcar.runtime import n_cores, open_network, resolve_provider
 from onnxcar.scoring._bet import risk_of
 from onnxcar.scoring._evaluate import SHARE, feeds, free_bytes, judge_for, samples_per_run
 from onnxcar.scoring._lowest import Contest, lowest
+from onnxcar.scoring._open import open_site, whole_site
 from onnxcar.scoring._race import Key, Log, Rank, Runner
-from onnxcar.scoring._site import BASE, Block, open_site, reads_of, whole_site
+from onnxcar.scoring._site import BASE, Block, reads_of
 from onnxcar.scoring._state import State, Work
 from onnxcar.scoring._trunk import open_trunk
+from onnxcar.scoring._verdict import open_verdicts
 from onnxcar.scoring._wide import Wide
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ ROW_BYTES = 16 << 20  # of cut values gathered for one run
 COUNTS = ("top1", "top5", "balanced")  # metrics that are counts of samples
 FIRST_ROWS = 64  # rows of a run until it is known how long they take
 MOST_ROWS = 256
+ON_DEVICE = 32  # a GPU takes so many times the bytes and rows in a run
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,11 @@ class Scorer:
         self._judge = judge_for(self._network, data, self.metric)
         self._sample = feeds(self._network, data, few)
         self._step = samples_per_run(self._network, self._sample, self._memory, batch_size)
-        self._output_shape = self._judge.rows(self._network.run(self._sample)[0], few).outputs.shape[1:]
+        outputs = self._network.run(self._sample)[0]
+        self._output_shape = self._judge.rows(outputs, few).outputs.shape[1:]
+        held = where.on_device and self._network.fixed is None
+        self._verdicts = open_verdicts(self._judge, outputs, self._network.session) if held else None
+        self._scale = 1 if where.name == "cpu" else ON_DEVICE
         self._budget = self._memory // 2  # the rest is for what a run needs
         self._reads = reads_of(space)
         self._states: dict[tuple[int, ...], State] = {}
@@ -311,14 +318,14 @@ class Scorer:
         if state is None or state.foreign != foreign:
             site = open_site(self._rows_space, self._network, key, foreign, sample=self._sample)
             state = State(site, foreign, self._judge, self._inputs, self._step, 1, self._pool, self.work)
-            state.shifts = self._shifts
+            state.shifts, state.verdicts = self._shifts, self._verdicts
             few = np.arange(min(4, len(self.data)), dtype=np.int64)
             state.each_bytes = max(1, site.load(self._inputs, few, len(few)).n_bytes // len(few))
             if site.shortcut is not None:
                 state.each_bytes += state.each_bytes // 2  # outputs of linear readers
-            state.batch = self._batch or int(np.clip(ROW_BYTES // state.each_bytes, 4, FIRST_ROWS))
+            state.batch = self._rows_for(state.each_bytes)
             if self._batch is None and site.by_row and state.n >= 4 * FIRST_ROWS:
-                state.tune = int(np.clip(ROW_BYTES // state.each_bytes, 4, MOST_ROWS))
+                state.tune = int(np.clip(self._scale * ROW_BYTES // state.each_bytes, 4, self._scale * MOST_ROWS))
             state.session_bytes = 2 * self.space.model.proto.ByteSize()
         self._states[key] = state
         for other in list(self._states):
@@ -340,6 +347,8 @@ class Scorer:
             self._wide = Wide(
                 trunk, self._judge, self._inputs, self._step, self._pool, self.work, self._budget, self._rows_for
             )
+            for state in self._wide.states.values():
+                state.verdicts = self._verdicts
             self._wide.shifts.update(self._shifts)
             self._shifts = self._wide.shifts
         return self._wide
@@ -361,7 +370,7 @@ class Scorer:
 
     def _rows_for(self, each_bytes: int) -> int:
         """Rows of a run whose cut values take so many bytes each."""
-        return self._batch or int(np.clip(ROW_BYTES // each_bytes, 4, FIRST_ROWS))
+        return self._batch or int(np.clip(self._scale * ROW_BYTES // each_bytes, 4, self._scale * FIRST_ROWS))
 
     def _inputs(self, images: Indices) -> dict[str, Array]:
         return feeds(self._network, self.data, images)

@@ -7,32 +7,30 @@ rows are (candidate, image) pairs: each row takes its image's cut values and mul
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from onnxcar._device import Buffer
 from onnxcar.channels import ChannelSpace
-from onnxcar.errors import DataError, ModelError
 from onnxcar.executors import Pool
-from onnxcar.model import Model
-from onnxcar.runtime import Network, Session, extract, graph_inputs, session, uses
-from onnxcar.scoring._build import PREFIX, batch_first, cut_values, gather_rows, mask_name, masked, outputs, value_kinds
-from onnxcar.scoring._held import Sizes, channel_sizes, filled
-from onnxcar.scoring._linear import Reader, linear_readers, subtract
+from onnxcar.runtime import Network, Session
+from onnxcar.scoring._build import (
+    CANDIDATE,
+    PREFIX,
+    keep_name,
+    mask_name,
+)
+from onnxcar.scoring._held import Sizes, channel_sizes, few_sizes, filled
+from onnxcar.scoring._linear import Reader
 
-__all__ = ["BASE", "Block", "Site", "open_site", "reads_of", "shared_site", "whole_site"]
+__all__ = ["BASE", "Block", "Shortcut", "Site", "reads_of"]
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
-# Not continuous: a difference in the last bit may come out as a whole step.
-_STEPS = {"QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil", "Sign", "Mod", "ArgMax", "TopK"}
 BASE = -2  # as a candidate: none; -1 marks positions that belong to no group
-ROUNDING = 1e-3  # a shortcut further off than this, relative to the outputs, is wrong
-SAFETY = 64  # rows whose outputs are nearer than so many times the rounding seen run the whole suffix
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ class Shortcut:
 
 
 class Site:
-    """Scores candidates whose channels are read at `reads`; see `open_site`.
+    """Scores candidates whose channels are read at `reads`; see `_open`.
 
     Attributes:
         reads: Indices of the reads in the space.
@@ -115,7 +113,7 @@ class Site:
         by_row: bool = False,
         shared: Collection[int] = (),
     ) -> None:
-        """Hold the sessions; `open_site` and `shared_site` make them."""
+        """Hold the sessions; `open_site` and `shared_site` of `_open` make them."""
         self.space = space
         self.reads = reads
         self.shared = tuple(shared)
@@ -137,6 +135,7 @@ class Site:
         alive = self.space.alive(removed)
         self._keep = {k: alive[groups] for k, groups in self._groups.items()}
         self._common = {mask_name(k): alive[self.space.reads[k].groups] for k in self.shared}
+        self._tables: dict[str, Any] = {}
 
     def load(
         self, inputs: Callable[[Indices], dict[str, Array]], indices: Indices, batch: int, pool: Pool | None = None
@@ -179,9 +178,15 @@ class Site:
         for start, got in (pool or Pool(1)).map(run, range(0, n, batch)):
             _store(block.read, dict(zip(session.outputs, got, strict=True)), start, n)
 
-    def masks(self, candidates: Indices, session: Session | None = None) -> dict[str, Array]:
+    def masks(self, candidates: Indices, session: Session | None = None) -> dict[str, Any]:
         """Feeds that mask each row's candidate, (k,), and all removed groups."""
         types = self._types if session is None else {i.name: i.dtype for i in session.inputs}
+        if CANDIDATE in types:  # masks are made in the graph; what rows share is there already
+            tables = self._common | {keep_name(k): keep for k, keep in self._keep.items()}
+            for name in tables.keys() & types.keys() - self._tables.keys():
+                self._tables[name] = self.suffix.hold(tables[name].astype(types[name]))
+            shared = {name: table for name, table in self._tables.items() if name in types}
+            return {**shared, CANDIDATE: candidates}
         out = {name: keep.astype(types[name]) for name, keep in self._common.items() if name in types}
         for k, groups in self._groups.items():
             name = mask_name(k)
@@ -218,16 +223,8 @@ class Site:
             exact: Run all nodes; otherwise take the `shortcut` where there is one.
         """
         if self.by_row:
-            n = len(rows)
-            if n == 1:  # a single row takes another matrix kernel, which rounds differently
-                candidates, rows = np.repeat(candidates, 2), np.repeat(rows, 2)
-            short = None if exact else self.shortcut
-            run = (
-                self._run_rows(block, candidates, rows)
-                if short is None
-                else self._run_short(short, block, candidates, rows)
-            )
-            return run[:n]
+            session, feeds = self._feeds(block, candidates, rows, exact)
+            return session.run(feeds)[0][: len(rows)]
         out: Array | None = None
         for group in np.unique(candidates).tolist():
             where = np.flatnonzero(candidates == group)
@@ -238,15 +235,33 @@ class Site:
         assert out is not None
         return out
 
-    def _run_rows(self, block: Block, candidates: Indices, rows: Indices) -> Array:
+    def run_held(self, block: Block, candidates: Indices, rows: Indices, *, exact: bool = True) -> Buffer:
+        """As `run`, by rows, with the outputs left on the device."""
+        session, feeds = self._feeds(block, candidates, rows, exact)
+        return session.run_held(feeds)[: len(rows)]
+
+    def _feeds(self, block: Block, candidates: Indices, rows: Indices, exact: bool) -> tuple[Session, dict[str, Any]]:
+        """What to run and on what; filled up with copies of the last row where that is better."""
+        n = len(rows)
+        size = few_sizes(n) if self.suffix.on_device else n
+        if size == 1:  # a single row takes another matrix kernel, which rounds differently
+            size = 2
+        if size > n:
+            fill = np.minimum(np.arange(size), n - 1)
+            candidates, rows = candidates[fill], rows[fill]
+        if exact or self.shortcut is None:
+            return self.suffix, self._row_feeds(block, candidates, rows)
+        return self.shortcut.suffix, self._short_feeds(self.shortcut, block, candidates, rows)
+
+    def _row_feeds(self, block: Block, candidates: Indices, rows: Indices) -> dict[str, Any]:
         wanted = {i.name for i in self.suffix.inputs}
         feeds: dict[str, Any] = {PREFIX + "all." + name: value for name, value in (block.values | block.read).items()}
         feeds = {name: value for name, value in feeds.items() if name in wanted}
         feeds[PREFIX + "rows"] = rows
         feeds.update(self.masks(candidates))
-        return self.suffix.run(feeds)[0]
+        return feeds
 
-    def _run_short(self, short: Shortcut, block: Block, candidates: Indices, rows: Indices) -> Array:
+    def _short_feeds(self, short: Shortcut, block: Block, candidates: Indices, rows: Indices) -> dict[str, Any]:
         feeds: dict[str, Any] = {PREFIX + "rows": rows}
         feeds |= {f"{PREFIX}all.{name}": value for name, value in (block.values | block.read).items()}
         for reader in short.readers:
@@ -258,7 +273,7 @@ class Site:
             feeds[PREFIX + "candidate." + reader.value] = position
             feeds[PREFIX + "channel." + reader.value] = rows[:, None] * value.shape[1] + channels
         feeds.update(self.masks(candidates, short.suffix))
-        return short.suffix.run({i.name: feeds[i.name] for i in short.suffix.inputs})[0]
+        return {i.name: feeds[i.name] for i in short.suffix.inputs}
 
     def _run_shared(self, block: Block, group: int, rows: Indices) -> Array:
         masks = self.masks(np.asarray([group]))
@@ -278,217 +293,3 @@ def _store(into: dict[str, Array], parts: Mapping[str, Array], start: int, n: in
         if name not in into:
             into[name] = np.empty((n, *value.shape[1:]), value.dtype)
         into[name][start : start + len(value)] = value
-
-
-def open_site(
-    space: ChannelSpace,
-    network: Network,
-    reads: tuple[int, ...],
-    removed: Collection[int],
-    *,
-    sample: Mapping[str, Array] | None = None,
-) -> Site:
-    """Graphs and sessions for candidates read at `reads`.
-
-    Args:
-        space: Structure of the model.
-        network: The model, loaded; its node indices are those of the space.
-        reads: Indices into `space.reads`.
-        removed: Groups masked throughout; those at other reads are written into the graphs.
-        sample: Network inputs of a few samples, on which a run by rows is held against the whole network; None: trust.
-
-    Raises:
-        ModelError: ONNX Runtime does not run the graphs.
-    """
-    if reads and network.fixed is None and all(batch_first(space, space.reads[k]) for k in reads):
-        try:
-            site = _row_site(space, network, reads, removed)
-            if sample is None or _agrees(site, network, sample, removed):
-                if sample is not None:
-                    _shorten_alone(site, network, removed, sample)
-                return site
-        except (ModelError, DataError):
-            pass  # a graph that mixes its rows, or cannot be cut: the whole network for each candidate
-    return whole_site(space, network, reads, removed)
-
-
-def whole_site(space: ChannelSpace, network: Network, reads: tuple[int, ...], removed: Collection[int]) -> Site:
-    """A site that runs the whole network, one candidate a run: for fixed batches, or reads whose batch is not first."""
-    proto = masked(space, network.proto, reads, removed)
-    names = [i.name for i in graph_inputs(network.proto)]
-    suffix = _session(
-        space, extract(proto, [*names, *map(mask_name, reads)], outputs(proto), value_kinds(space, proto)), network
-    )
-    site = Site(space, reads, None, suffix, names, network.fixed)
-    site.set_removed(removed)
-    return site
-
-
-def _row_site(space: ChannelSpace, network: Network, reads: tuple[int, ...], removed: Collection[int]) -> Site:
-    proto = masked(space, network.proto, reads, removed)
-    cut = cut_values(space, network.proto, reads)
-    types = value_kinds(space, proto)
-    suffix_proto = extract(proto, [*cut, *map(mask_name, reads)], outputs(proto), types)
-    gather_rows(suffix_proto, cut)
-    prefix_proto = extract(proto, [i.name for i in graph_inputs(network.proto)], cut, types)
-    prefix = Network(_session(space, prefix_proto, network), prefix_proto)
-    site = Site(space, reads, prefix, _session(space, suffix_proto, network), cut, by_row=True)
-    site.set_removed(removed)
-    return site
-
-
-def shared_site(
-    space: ChannelSpace, network: Network, reads: tuple[int, ...], shared: Collection[int], block: Block, want: Array
-) -> Site | None:
-    """A site without a prefix, every mask an input: a `Trunk` makes its blocks, and no session is made anew.
-
-    Args:
-        space: Structure of the model.
-        network: The model, loaded.
-        reads: Indices into `space.reads`.
-        shared: All other reads.
-        block: Values at the cut and outputs of linear readers, of a few samples.
-        want: The network's outputs on them.
-
-    Returns:
-        None if the graph cannot be cut here, or mixes its rows.
-    """
-    try:
-        proto = masked(space, network.proto, reads, (), shared)
-        cut = cut_values(space, network.proto, reads)
-        types = value_kinds(space, proto)
-        suffix_proto = _used(extract(proto, [*cut, *map(mask_name, [*reads, *shared])], outputs(proto), types))
-        gather_rows(suffix_proto, cut)
-        site = Site(space, reads, None, _session(space, suffix_proto, network), cut, by_row=True, shared=sorted(shared))
-        if not _rows_agree(site, block, want):
-            return None
-        readers = _readers(site, network)
-        if readers:
-            _shorten(site, network, proto, readers, block)
-    except (ModelError, DataError):
-        return None
-    return site
-
-
-def _used(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Without inputs that nothing reads."""
-    used = {name for node in proto.graph.node for name in uses(node)}
-    kept = [i for i in proto.graph.input if i.name in used]
-    del proto.graph.input[:]
-    proto.graph.input.extend(kept)
-    return proto
-
-
-def _readers(site: Site, network: Network) -> list[Reader] | None:
-    entries = [k for k in site.reads if k in site.entries]
-    return linear_readers(site.space, network.proto, entries) if entries else None
-
-
-def _shorten_alone(site: Site, network: Network, removed: Collection[int], sample: Mapping[str, Array]) -> None:
-    """A shortcut for a site with a prefix of its own."""
-    readers = _readers(site, network)
-    if not readers:
-        return
-    _shorten(site, network, masked(site.space, network.proto, site.reads, removed), readers)
-    if site.shortcut is None:
-        return
-    feeds = {i.name: value for i, value in zip(network.inputs, network.session.bind(sample).values(), strict=True)}
-    n = len(next(iter(feeds.values())))
-    try:
-        block = site.load(lambda at: {name: value[at] for name, value in feeds.items()}, np.arange(n), n)
-        site.refresh(block, n)
-        doubt = _rounding(site, block)
-    except (ModelError, DataError):
-        doubt = None
-    site.shortcut = None if doubt is None else replace(site.shortcut, doubt=doubt)
-
-
-def _shorten(
-    site: Site, network: Network, proto: onnx.ModelProto, readers: Sequence[Reader], block: Block | None = None
-) -> None:
-    """Give the site a shortcut over its linear readers if outputs stay the same but for rounding.
-
-    Args:
-        site: Takes it.
-        network: The model, loaded.
-        proto: Its graph with the masks of the site.
-        readers: What the shortcut leaves out.
-        block: A few samples with the readers' outputs; without it a session is made that runs the readers, and
-            `_rounding` is the caller's to call.
-    """
-    space = site.space
-    read = [reader.output for reader in readers]
-    entries = [k for k in site.reads if k in site.entries]
-    types = value_kinds(space, proto)
-    try:
-        reader = None
-        if block is None:
-            values = [space.reads[k].value for k in entries]
-            reader = _session(space, extract(proto, [*values, *map(mask_name, entries)], read, types), network)
-        rest = [mask_name(k) for k in (*site.reads, *site.shared) if k not in entries]
-        suffix = extract(proto, [*dict.fromkeys([*site.cut, *read]), *rest], outputs(proto), types)
-        used = {name for node in suffix.graph.node for name in uses(node)}
-        if any(node.op_type in _STEPS for node in suffix.graph.node):
-            return  # behind a step function rounding can become anything
-        if set(read) - used:
-            return  # Z is the network's output itself
-        kept = [i for i in suffix.graph.input if i.name in used and i.name not in read]
-        del suffix.graph.input[:]
-        suffix.graph.input.extend(kept)
-        gather_rows(suffix, site.cut)
-        subtract(suffix, readers, PREFIX + "rows", types)
-        site.shortcut = Shortcut(tuple(readers), reader, _session(space, suffix, network))
-        doubt = None if block is None else _rounding(site, block)
-    except (ModelError, DataError):
-        doubt = None
-    if block is not None:
-        site.shortcut = None if doubt is None or site.shortcut is None else replace(site.shortcut, doubt=doubt)
-
-
-def _rounding(site: Site, block: Block) -> float | None:
-    """A distance of outputs far beyond what the shortcut's rounding can bridge; None if it is no matter of rounding."""
-    n = len(block.indices)
-    groups = [g for g in np.unique(site.space.reads[site.entries[0]].groups).tolist() if g >= 0]
-    tried = np.asarray([BASE, *groups[:: max(1, len(groups) // 16)]], np.int64)
-    candidates, rows = np.repeat(tried, n), np.tile(np.arange(n), len(tried))
-    exact = site.run(block, candidates, rows).astype(np.float64)
-    short = site.run(block, candidates, rows, exact=False).astype(np.float64)
-    if exact.shape != short.shape or not np.isfinite(exact).all():
-        return None
-    gap, scale = float(np.abs(exact - short).max()), max(1e-6, float(np.abs(exact).max()))
-    return None if not gap <= ROUNDING * scale else max(SAFETY * gap, 1e-5 * scale)
-
-
-def _session(space: ChannelSpace, proto: onnx.ModelProto, network: Network) -> Session:
-    inner = network.session
-    return session(Model(proto, "", space.model.path), provider=inner.provider, threads=inner.threads)
-
-
-def _agrees(site: Site, network: Network, sample: Mapping[str, Array], removed: Collection[int]) -> bool:
-    """Whether a run by rows gives what the network gives; `_rows_agree` says how."""
-    feeds = {i.name: value for i, value in zip(network.inputs, network.session.bind(sample).values(), strict=True)}
-    n = len(next(iter(feeds.values())))
-    block = site.load(lambda at: {name: value[at] for name, value in feeds.items()}, np.arange(n), n)
-    if removed:
-        whole = whole_site(site.space, network, site.reads, removed)
-        want = whole.run(
-            whole.load(lambda at: {k: v[at] for k, v in feeds.items()}, np.arange(n), n), np.full(n, BASE), np.arange(n)
-        )
-    else:
-        want = network.run(feeds)[0]
-    return _rows_agree(site, block, want)
-
-
-def _rows_agree(site: Site, block: Block, want: Array) -> bool:
-    """Whether rows without a candidate give these outputs; they repeat and swap images on purpose."""
-    n = len(want)
-    rows = np.asarray([i % n for i in range(n, -1, -1)] + [0], np.int64)
-    got = site.run(block, np.full(len(rows), BASE), rows)
-    want = want[rows]
-    if got.shape != want.shape:
-        return False
-    if not np.isfinite(want.astype(np.float64)).all():
-        return bool(np.array_equal(got, want, equal_nan=True))
-    scale = max(1e-6, float(np.abs(want.astype(np.float64)).max()))
-    loose = 3e-2 if want.dtype == np.float16 else 1e-3  # rounding; rows that mix are off by far more
-    return float(np.abs(got.astype(np.float64) - want.astype(np.float64)).max()) <= loose * scale

@@ -22,7 +22,8 @@ from onnxcar.runtime import Network, extract, graph_inputs, session
 from onnxcar.scoring._build import batch_first, cut_values, mask_name, masked, outputs, value_kinds
 from onnxcar.scoring._held import filled
 from onnxcar.scoring._linear import linear_readers
-from onnxcar.scoring._site import Block, Site, shared_site
+from onnxcar.scoring._open import shared_site
+from onnxcar.scoring._site import Block, Site
 
 __all__ = ["Trunk", "open_trunk"]
 

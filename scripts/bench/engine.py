@@ -35,7 +35,8 @@ from onnxcar.model import load
 from onnxcar.rules import analyze
 from onnxcar.runtime import open_network
 from onnxcar.scoring import Scorer
-from onnxcar.scoring._site import BASE, open_site, reads_of
+from onnxcar.scoring._open import open_site
+from onnxcar.scoring._site import BASE, reads_of
 from onnxcar.shrinking import Shrinking
 
 BATCHES = (8, 16, 32, 64, 128, 256)
