@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 from onnxcar.scoring import Scorer, _lowest
-from onnxcar.scoring._bet import Bet, risk_of
+from onnxcar.scoring._bet import Bet, draw, forecast, risk_of, weights
 from onnxcar.scoring._race import Rank
 from tests.test_scoring import opened, plain_net, residual_net
 
 
-def images_until_sure(before, costs, limit, risk, rng, batch):
-    order = rng.permutation(len(costs))
-    bet = Bet(before[order], 0, limit, int(max(1, costs.max())), risk)
+def images_until_sure(before, costs, limit, risk, rng, batch, chances=None, expected=None):
+    each = weights(before.astype(float), np.where(before > 0, 0.95, 0.1) if chances is None else chances)
+    order = draw(each, rng)
+    # What is expected without the candidate may be wrong; only costs are facts.
+    stated = (before if expected is None else expected)[order]
+    bet = Bet(stated, each[order], 0, limit, risk, 50.0)
     for start in range(0, len(costs), batch):
         bet.see(costs[order[start : start + batch]])
         if bet.sure:
@@ -21,16 +24,20 @@ def images_until_sure(before, costs, limit, risk, rng, batch):
     return None
 
 
-@pytest.mark.parametrize(("n", "wrong", "flips", "batch"), [(400, 80, 40, 1), (1000, 500, 30, 16), (300, 0, 9, 7)])
-def test_a_true_claim_is_refuted_no_more_often_than_stated(n, wrong, flips, batch):
+@pytest.mark.parametrize("told", ["nothing", "rightly", "wrongly", "wrong base"])
+@pytest.mark.parametrize(("n", "wrong", "flips", "batch"), [(200, 40, 20, 5), (500, 250, 20, 16), (150, 0, 9, 7)])
+def test_a_true_claim_is_refuted_no_more_often_than_stated(n, wrong, flips, batch, told):
     rng, risk, refuted = np.random.default_rng(n), 0.2, 0
     for _ in range(400):
         before = (rng.permutation(n) < wrong).astype(np.int64)
         costs = before.copy()
         changed = rng.permutation(n)[:flips]
         costs[changed] = 1 - costs[changed]
+        chances = {"rightly": 0.9 * costs, "wrongly": 0.9 * (1.0 - costs)}.get(told)
+        other = (rng.permutation(n) < wrong).astype(np.int64) if told == "wrong base" else None
         # The claim holds, and only just: the hardest case.
-        refuted += images_until_sure(before, costs, int(costs.sum()), risk, rng, batch) is not None
+        limit = int(costs.sum())
+        refuted += images_until_sure(before, costs, limit, risk, rng, batch, chances, other) is not None
     assert refuted <= 400 * risk + 3 * np.sqrt(400 * risk * (1 - risk))
 
 
@@ -41,6 +48,32 @@ def test_a_claim_that_is_far_off_is_refuted_early():
     seen = [images_until_sure(before, costs, 8_100, 1e-6, rng, 32) for _ in range(20)]
     # Counting alone would take more than 8,100 errors.
     assert all(n is not None and n < 1_500 for n in seen)
+
+
+def test_images_that_are_likely_to_change_are_drawn_first_and_decide_sooner():
+    rng = np.random.default_rng(0)
+    before = (np.arange(10_000) < 1_500).astype(np.int64)
+    near = rng.permutation(10_000)[:1_000]  # nearly all changes are among these
+    costs = before.copy()
+    costs[near] = np.where(rng.random(1_000) < 0.25, 1, before[near])
+    chances = before.astype(float)
+    chances[near] = np.where(before[near] == 1, 0.8, 0.25)
+    limit = int(before.sum())
+    told = [images_until_sure(before, costs, limit, 1e-4, rng, 8, chances) for _ in range(20)]
+    blind = [images_until_sure(before, costs, limit, 1e-4, rng, 8, np.full(10_000, 0.5)) for _ in range(20)]
+    assert np.median(told) < 400
+    assert np.median(told) < 0.6 * np.median(blind)
+
+
+def test_what_is_forecast_is_about_what_it_takes():
+    rng = np.random.default_rng(0)
+    before = (np.arange(4_000) < 600).astype(np.int64)
+    costs = before.copy()
+    costs[rng.permutation(np.arange(600, 4_000))[:80]] = 1
+    chances = np.where(before == 1, 0.99, np.where(costs == 1, 0.5, 0.01))
+    took = np.median([images_until_sure(before, costs, 600, 1e-4, rng, 1, chances) for _ in range(20)])
+    assert 0.4 < took / forecast(before.astype(float), 80, 1e-4) < 2.5
+    assert forecast(before.astype(float), 0, 1e-4) == np.inf
 
 
 def test_costs_of_any_size_are_bet_on():
@@ -61,7 +94,9 @@ def test_what_is_certain_needs_no_probability():
 
 
 def test_all_steps_of_a_search_stay_below_the_total():
-    assert sum(risk_of(0.05, r, 1) for r in range(10_000)) < 0.05
+    # Beyond r the rest of the series is 1 / ln(r + 2) / 2.12 at most.
+    total = sum(risk_of(0.05, r, 1) for r in range(10_000))
+    assert total + 0.05 / 2 / 2.12 / np.log(10_001) < 0.05
     tried_again = sum(k * risk_of(0.05, r, k) for r in range(1_000) for k in (16, 8, 4, 2, 1))
     assert tried_again < 0.05
 

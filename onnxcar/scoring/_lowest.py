@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from onnxcar.executors import Pool
 from onnxcar.metrics import LOSS_ONE
-from onnxcar.scoring._bet import Bet
+from onnxcar.scoring._bet import Bet, draw, forecast, weights
 from onnxcar.scoring._order import risk_order
 from onnxcar.scoring._race import Board, Log, Rank, Runner, race
 from onnxcar.scoring._state import State
@@ -109,19 +109,20 @@ def _offer_bet(asked: Contest, state: State, runner: Runner, bound: float) -> No
     limit, n = runner.rank.most(bound), len(runner.order)
     if limit is None or n < FEW:
         return
-    before = state.costs[runner.order]
-    change = float(np.abs(np.diff(runner.risk) - before).sum()) / n
-    gap = (runner.hope - limit) / n
+    before = state.costs[runner.order].astype(np.float64)
     counting = runner.needs(limit) if runner.hope > limit else n
-    betting = -2.0 * np.log(asked.risk) * asked.largest * (change + gap / 3) / gap**2 if gap > 0 else np.inf
+    betting = forecast(before, runner.hope - limit, asked.risk)
     if betting > BARGAIN * min(counting, n):
         return
-    chances = float(runner.risk[-1]) / n
-    # An order of its own for each candidate and step, from nothing but who they are.
+    chances, losses = np.diff(runner.risk), np.diff(runner.toll)
+    # An order of its own for each candidate and step, from nothing but who they are: images first as they are stored.
     seed = [runner.group, len(asked.removed), sum(asked.removed)]
-    shuffled = np.random.default_rng(seed).permutation(np.sort(runner.order))
-    runner.line_up(shuffled, np.full(n, chances), np.full(n, float(runner.toll[-1]) / n))
-    runner.bet = Bet(state.costs[shuffled], runner.cost, limit, asked.largest, asked.risk)
+    stored = np.argsort(runner.order, kind="stable")
+    each = weights(before, chances / asked.typical)[stored]
+    drawn = draw(each, np.random.default_rng(seed))
+    order = stored[drawn]
+    runner.line_up(runner.order[order], chances[order], losses[order])
+    runner.bet = Bet(state.costs[runner.order], each[drawn], runner.cost, limit, asked.risk, betting)
 
 
 def guess(asked: Contest, runners: Sequence[Runner]) -> float:

@@ -307,16 +307,17 @@ class Race:
                 heapq.heappop(heap)
                 continue
             limit = runner.rank.reaches(bound)
-            if batch and runner.expected > limit:
+            if batch and runner.expected > limit and runner.bet is None:
                 break  # it may well be out once the lower ones are done
             heapq.heappop(heap)
             runner.version = 0
             # It cannot be out before so many rows, and is likely to be after so many.
             surely = (limit - runner.cost) // self._largest + 1 - (runner.at - runner.counted)
-            take = min(max(surely, runner.needs(limit, loss), FIRST), len(runner.order) - runner.at, room)
+            rows = max(surely, runner.needs(limit, loss), FIRST) if runner.bet is None else runner.bet.wanted()
+            take = min(rows, len(runner.order) - runner.at, room)
             batch.append((runner, take))
             room -= take
-        if batch and room > 0:
+        if batch and room > 0 and batch[0][0].bet is None:
             # Nobody else needs rows for sure: the lowest goes on.
             runner, n = batch[0]
             batch[0] = (runner, min(n + room, len(runner.order) - runner.at))
