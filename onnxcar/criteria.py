@@ -22,6 +22,7 @@ from onnxcar.recovery import Reconstruction
 
 if TYPE_CHECKING:
     from onnxcar.data import Dataset
+    from onnxcar.progress import Report
     from onnxcar.scoring import Scorer
 
 __all__ = ["CRITERIA", "Context", "Criterion", "CriterionFunction", "find", "per_layer_unit"]
@@ -43,6 +44,8 @@ class Context:
         provider: Execution provider of ONNX Runtime for activations.
         threads: Threads of a session, None = all cores.
         batch_bytes: Bound on the activations held at once.
+        memory_bytes: Bound on all that a criterion keeps, None = its own default.
+        progress: Told how far a long preparation is.
         memo: What a greedy criterion keeps from step to step; contexts made from one another share it.
     """
 
@@ -54,6 +57,8 @@ class Context:
     provider: str = "cpu"
     threads: int | None = None
     batch_bytes: int = 256 << 20
+    memory_bytes: int | None = None
+    progress: Report | None = None
     memo: dict[str, Any] = field(default_factory=dict)
 
     def asked(self, space: ChannelSpace) -> list[int]:
@@ -70,6 +75,7 @@ class Criterion:
         name: What people type.
         function: Gives the importances.
         needs_data: Whether it looks at samples.
+        needs_labels: Whether it scores networks on them.
         greedy: Whether it is asked again after every step; otherwise one ranking of the original network holds.
         source: Where it comes from.
     """
@@ -77,6 +83,7 @@ class Criterion:
     name: str
     function: CriterionFunction
     needs_data: bool = False
+    needs_labels: bool = False
     greedy: bool = False
     source: str = ""
 
@@ -86,7 +93,7 @@ class Criterion:
         Raises:
             DataError: It needs data and there is none.
         """
-        if self.needs_data and (context.data is None or (self.greedy and context.scorer is None)):
+        if (self.needs_data and context.data is None) or (self.needs_labels and context.scorer is None):
             raise DataError(
                 f"Criterion {self.name!r} looks at samples and got none. Give --data, or take one of "
                 f"{', '.join(name for name, row in CRITERIA.items() if not row.needs_data)}."
@@ -236,7 +243,13 @@ def reconstruction(space: ChannelSpace, context: Context) -> Importances:
     assert context.data is not None
     if "reconstruction" not in context.memo:
         context.memo["reconstruction"] = Reconstruction(
-            space, context.data, provider=context.provider, threads=context.threads, seed=context.seed
+            space,
+            context.data,
+            provider=context.provider,
+            threads=context.threads,
+            memory_bytes=context.memory_bytes,
+            seed=context.seed,
+            progress=context.progress,
         )
     held: Reconstruction = context.memo["reconstruction"]
     return held.importances(context.removed)
@@ -250,8 +263,15 @@ def random(space: ChannelSpace, context: Context) -> Importances:
 CRITERIA: dict[str, Criterion] = {
     row.name: row
     for row in (
-        Criterion("car", car, needs_data=True, greedy=True, source="10.3389/fdata.2021.704182"),
-        Criterion("class-car", class_car, needs_data=True, greedy=True, source="10.3389/fdata.2021.704182"),
+        Criterion("car", car, needs_data=True, needs_labels=True, greedy=True, source="10.3389/fdata.2021.704182"),
+        Criterion(
+            "class-car",
+            class_car,
+            needs_data=True,
+            needs_labels=True,
+            greedy=True,
+            source="10.3389/fdata.2021.704182",
+        ),
         Criterion("l1", l1, source="arXiv:1608.08710"),
         Criterion("l2", l2, source="arXiv:1808.06866"),
         Criterion("outgoing", outgoing, source="10.3389/fdata.2021.704182"),

@@ -215,7 +215,7 @@ def importance(
     by_layer = _asked(space, layers, exclude)
     asked = tuple(sorted(group for groups in by_layer.values() for group in groups))
     scorer = None
-    if row.greedy and data is not None:
+    if row.needs_labels and data is not None:
         sets = _sets(data, class_groups) if by_class or class_groups else None
         scorer = _Recorder(
             space,
@@ -228,7 +228,16 @@ def importance(
         )
         scorer.watch(sets, seed)
     where = "cpu" if data is None else resolve_provider(provider).name
-    context = Context(data, scorer, candidates=asked, seed=seed, provider=where, threads=threads)
+    context = Context(
+        data,
+        scorer,
+        candidates=asked,
+        seed=seed,
+        provider=where,
+        threads=threads,
+        memory_bytes=memory_bytes,
+        progress=progress,
+    )
     if scorer is None:
         values = row(space, context)
     else:

@@ -49,7 +49,9 @@ class Pruning:
 
     Attributes:
         space: Structure of the original.
-        data: What filters are chosen on; with a guarantee the part of the data that is for that.
+        data: What filters are chosen on; with a guarantee the part of the data that is for that. None where there is
+            none, or none with labels and nobody asks for a score: criteria then look at `seen`.
+        seen: What criteria look at, labelled or not: `data`, else the samples that recovery fits on.
         test_data: What is reported on.
         criterion: Who ranks.
         metric: What is measured.
@@ -70,6 +72,7 @@ class Pruning:
 
     space: ChannelSpace
     data: Dataset | None
+    seen: Dataset | None
     test_data: Dataset | None
     criterion: Criterion
     metric: str
@@ -131,7 +134,7 @@ class Pruning:
         row = find(usual_criterion(scope, recover, approximate) if criterion is None else criterion)
         _check_numbers(scope, per_step, min_filters, multiple_of)
         _check_risk(approximate, row)
-        _check_data(row, rule, data, planned)
+        _check_data(row, rule, data, calibration_data, planned)
         _check_recovery(recover, recover_every, data, calibration_data)
         if drop_outputs and (data is None or data.outputs is None):
             raise DataError("Output rows can go where data of some classes only are given: --classes, Dataset.only.")
@@ -149,6 +152,9 @@ class Pruning:
         multiple = vector_width(on.provider) if wanted == "auto" else int(wanted)
         space = analyze(model, norms=norms)
         calibration = calibration_data if calibration_data is not None else data
+        seen = data if data is not None else calibration_data
+        if data is not None and not data.has_labels and not (row.needs_labels or rule.max_drop is not None):
+            data = None  # nobody asks how well a network does
         arguments: dict[str, Any] = {
             "scope": scope,
             **asdict(rule),
@@ -177,6 +183,7 @@ class Pruning:
         return cls(
             space=space,
             data=data,
+            seen=seen,
             test_data=test_data,
             criterion=row,
             metric=metric,
@@ -203,7 +210,15 @@ class Pruning:
     def search(self, journal: str | Path | None, progress: Report | None) -> GreedyPath:
         """The greedy path."""
         selected = select_layers(self.space, self.layers, self.exclude, dense=self.dense)
-        context = Context(self.data, self.scorer, seed=self.seed, provider=self.on.provider, threads=self.on.threads)
+        context = Context(
+            self.seen,
+            self.scorer,
+            seed=self.seed,
+            provider=self.on.provider,
+            threads=self.on.threads,
+            memory_bytes=self.on.memory_bytes,
+            progress=progress,
+        )
         with Journal(journal, self.header()) as log:
             clock = self.clock(log)
             return walk(
@@ -229,7 +244,7 @@ class Pruning:
             {"latency_table": self.on.provider, "threads": self.on.threads},
             lambda: measure_table(
                 self.space,
-                self.data,
+                self.seen,
                 self.keep,
                 layers=self.layers,
                 exclude=self.exclude,
@@ -239,14 +254,14 @@ class Pruning:
             ).to_json(),
         )
         self.measured.append(table)
-        return Pace(self.space, Table.from_json(table), self.data, self.on.provider, self.on.threads)
+        return Pace(self.space, Table.from_json(table), self.seen, self.on.provider, self.on.threads)
 
     def latency(self, finished: Finished, path: GreedyPath | None) -> dict[str, Any] | None:
         """What the record says of a target latency: predictions, measurements, the final model measured."""
         if self.stop.target_latency is None or path is None or not self.measured:
             return None
         table = self.measured[-1]
-        pace = Pace(self.space, Table.from_json(table), self.data, self.on.provider, self.on.threads)
+        pace = Pace(self.space, Table.from_json(table), self.seen, self.on.provider, self.on.threads)
         ratio, interval = pace.compare(finished.model)
         return {
             "target": self.stop.target_latency,
@@ -265,8 +280,8 @@ class Pruning:
         return {
             "onnxcar": onnxcar.__version__,
             "model": self.space.model.sha256,
-            "data": None if self.data is None else self.data.sha256,
-            "samples": None if self.data is None else len(self.data),
+            "data": None if self.seen is None else self.seen.sha256,
+            "samples": None if self.seen is None else len(self.seen),
             "criterion": self.criterion.name,
             "metric": self.metric,
             "provider": self.on.provider,
@@ -312,7 +327,7 @@ class Pruning:
             "command": "prune",
             "model": records.model_entry(model.path, model.sha256, space.cost(()), model.n_bytes),
             "result": records.model_entry(None, None, self.cost(finished), None),
-            "data": records.data_entry(self.data),
+            "data": records.data_entry(self.seen),
             "test_data": records.data_entry(self.test_data),
             "calibration_data": records.data_entry(calibrated),
             "optimistic": self.test_data is None,
@@ -372,11 +387,11 @@ def _check_risk(approximate: float | None, row: Criterion) -> None:
         raise PlanError(f"approximate is about CAR, and the criterion is {row.name}. Leave one of them out.")
 
 
-def _check_data(row: Criterion, stop: Stop, data: Dataset | None, planned: bool) -> None:
+def _check_data(row: Criterion, stop: Stop, data: Dataset | None, calibration: Dataset | None, planned: bool) -> None:
     if planned or data is not None:
         return
     free = ", ".join(name for name, other in CRITERIA.items() if not other.needs_data)
-    if row.needs_data:
+    if row.needs_labels or (row.needs_data and calibration is None):
         raise DataError(
             f"Criterion {row.name!r} scores filters on images, and there is no data. Give --data, or take a criterion "
             f"that looks at weights alone: {free}."

@@ -5,17 +5,20 @@
 
 The digits network of this repository is always there. A network of one's own needs its name, its file, and an
 `onnxcar.toml` that names data, test_data and preprocessing (calibration_data, if another set is to be fitted on). Cells
-are kept in a JSON file, so a run that was interrupted, or ended by --minutes, goes on where it stopped. Filters are
-chosen on `data`, repairs fitted on it without its labels, and accuracies are those on `test_data`.
+are kept in a JSON file, so a run that was interrupted, or ended by --minutes, goes on where it stopped; --only,
+--places, --criteria, --ratios and --unrepaired say which cells a run is to compute, and the page shows all there are.
+Filters are chosen on `data`, repairs fitted on it without its labels, and accuracies are those on `test_data`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +36,10 @@ PAGE = ROOT / "docs" / "accuracy.md"
 BEGIN, END = "<!-- accuracy_table: begin -->", "<!-- accuracy_table: end -->"
 PARTS = ("size", "crop_pct", "interpolation", "mean", "std", "channels", "layout")
 SEEDS = 3  # of the criterion random
+SLOW = ("car", "class-car")  # criteria that look at every candidate again after every step
 WHOLE = "all layers"
+PLACES = ("first", "second", "middle", "last", WHOLE)
+RATIOS = (0.25, 0.5, 0.75)
 
 
 @dataclass
@@ -45,7 +51,15 @@ class Net:
     toml: Path
     limit: int | None
     threads: int | None
+    per_step: int = 1
+    journals: Path | None = None
     cache: dict[str, Any] = field(default_factory=dict)
+    measured: dict[tuple[car.Plan, bool], dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def held(self) -> str:
+        """Key of its cells in the file."""
+        return f"{self.name} {self.model.sha256[:12]} {self.limit}"
 
     @cached_property
     def model(self) -> car.Model:
@@ -109,8 +123,14 @@ class Net:
     def plans(self, node: str, ratios: Sequence[float], criterion: str, seed: int) -> Iterator[tuple[float, car.Plan]]:
         """Plans at the ratios, ascending; of one layer they are parts of one path."""
         options: dict[str, Any] = {"criterion": criterion, "seed": seed, "verify": False, "threads": self.threads}
+        if criterion in SLOW:
+            options |= {"per_step": self.per_step}
+        data = self.data if CRITERIA[criterion].needs_data else None
         if node:
-            run = car.prune(self.model, self.data, stop=car.Stop(ratio=max(ratios)), layers=[node], **options)
+            with self.journal(criterion, node, max(ratios)) as log:
+                run = car.prune(
+                    self.model, data, stop=car.Stop(ratio=max(ratios)), layers=[node], journal=log, **options
+                )
             layer = next(x for x in self.space.layers if x.node == node)
             for ratio in ratios:
                 gone: list[int] = []
@@ -121,14 +141,31 @@ class Net:
                 yield ratio, car.Plan(gone)
             return
         for ratio in ratios:
-            yield ratio, car.prune(self.model, self.data, stop=car.Stop(ratio=ratio), **options).plan
+            with self.journal(criterion, WHOLE, ratio) as log:
+                run = car.prune(self.model, data, stop=car.Stop(ratio=ratio), journal=log, **options)
+            yield ratio, run.plan
 
-    def cell(self, plan: car.Plan, seed: int) -> dict[str, float]:
-        """Top-1 without the groups of a plan, unrepaired and repaired, and what is left of the MACs."""
-        compact = car.remove(self.space, plan)
-        fixed = recover(self.space, plan, compact, self.calibration, threads=self.threads, seed=seed)
-        macs = self.space.cost(plan.groups).macs / self.space.cost().macs
-        return {"none": self.score(compact), "least-squares": self.score(fixed.model), "macs": macs}
+    @contextmanager
+    def journal(self, criterion: str, what: str, ratio: float) -> Iterator[Path | None]:
+        """A file from which a long search goes on if this run is interrupted; gone once it has ended."""
+        if criterion not in SLOW or self.journals is None:
+            yield None
+            return
+        name = re.sub(r"\W+", "_", f"{self.held} {what} {criterion} {ratio:g} {self.per_step}")
+        self.journals.mkdir(parents=True, exist_ok=True)
+        yield (file := self.journals / f"{name}.jsonl")
+        file.unlink(missing_ok=True)
+
+    def cell(self, plan: car.Plan, seed: int, repaired: bool) -> dict[str, float]:
+        """Top-1 without the groups of a plan, unrepaired and, if asked for, repaired, and what is left of the MACs."""
+        if (plan, repaired) not in self.measured:
+            compact = car.remove(self.space, plan)
+            found = {"macs": self.space.cost(plan.groups).macs / self.space.cost().macs, "none": self.score(compact)}
+            if repaired:
+                fixed = recover(self.space, plan, compact, self.calibration, threads=self.threads, seed=seed)
+                found["least-squares"] = self.score(fixed.model)
+            self.measured[plan, repaired] = found
+        return dict(self.measured[plan, repaired])
 
 
 def key(place: str, ratio: float, criterion: str, seed: int) -> str:
@@ -136,38 +173,55 @@ def key(place: str, ratio: float, criterion: str, seed: int) -> str:
     return f"{place}, {ratio:g}, {criterion}, {seed}"
 
 
-def fill(nets: Sequence[Net], ratios: Sequence[float], names: Sequence[str], file: Path, deadline: float) -> bool:
+def seeds(criterion: str) -> range:
+    """Seeds of a criterion: several of one that draws."""
+    return range(SEEDS if criterion == "random" else 1)
+
+
+def fill(
+    nets: Sequence[Net],
+    places: Sequence[str],
+    ratios: Sequence[float],
+    names: Sequence[str],
+    repaired: bool,
+    file: Path,
+    deadline: float,
+) -> bool:
     """Compute the missing cells, cheapest criteria first; False if time ran out."""
-    order = sorted(names, key=lambda n: (n in ("car", "class-car"), names.index(n)))
+    order = sorted(names, key=lambda n: (n in SLOW, names.index(n)))
+    way = "least-squares" if repaired else "none"
     for net in nets:
         net.base()
-        for place, node in net.places().items():
-            for criterion in order:
-                for seed in range(SEEDS if criterion == "random" else 1):
-                    missing = [r for r in ratios if key(place, r, criterion, seed) not in net.cache]
-                    if not missing:
-                        continue
-                    if time.monotonic() > deadline:
-                        return False
-                    for ratio, plan in net.plans(node, missing, criterion, seed):
-                        net.cache[key(place, ratio, criterion, seed)] = found = net.cell(plan, seed)
-                        print(f"{net.name}, {key(place, ratio, criterion, seed)}: {found}", flush=True)
-                        save(nets, file)
+        found_places = net.places()
+        for place, node in ((p, found_places[p]) for p in places if p in found_places):
+            for criterion, seed in ((c, s) for c in order for s in seeds(c)):
+                missing = [r for r in ratios if way not in net.cache.get(key(place, r, criterion, seed), {})]
+                if not missing:
+                    continue
+                if time.monotonic() > deadline:
+                    return False
+                began = time.monotonic()
+                for ratio, plan in net.plans(node, missing, criterion, seed):
+                    net.cache[key(place, ratio, criterion, seed)] = found = net.cell(plan, seed, repaired)
+                    if criterion in SLOW and net.per_step > 1:
+                        found["per_step"] = net.per_step
+                    spent, began = time.monotonic() - began, time.monotonic()
+                    print(f"{net.name}, {key(place, ratio, criterion, seed)}: {found} ({spent:.0f} s)", flush=True)
+                    save(net, file)
     return True
 
 
-def save(nets: Sequence[Net], file: Path) -> None:
-    """Keep the cells; those of other networks stay."""
+def save(net: Net, file: Path) -> None:
+    """Keep the cells of a network; those of others stay."""
     held = json.loads(file.read_text()) if file.exists() else {}
-    held.update({f"{net.name} {net.model.sha256[:12]} {net.limit}": net.cache for net in nets})
+    held[net.held] = net.cache
     file.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n")
 
 
 def value(net: Net, place: str, ratio: float, criterion: str, way: str) -> float | None:
     """Mean over the seeds, None while a cell is missing."""
-    seeds = SEEDS if criterion == "random" else 1
-    cells = [net.cache.get(key(place, ratio, criterion, seed)) for seed in range(seeds)]
-    return None if None in cells else statistics.mean(c[way] for c in cells if c is not None)
+    cells = [net.cache.get(key(place, ratio, criterion, seed), {}).get(way) for seed in seeds(criterion)]
+    return None if None in cells else statistics.mean(c for c in cells if c is not None)
 
 
 def tables(nets: Sequence[Net], ratios: Sequence[float], names: Sequence[str]) -> str:
@@ -240,31 +294,62 @@ def main() -> None:
     """Fill the cells, write the tables into the page and the plots beside it."""
     parser = argparse.ArgumentParser(description="Accuracy of every criterion, repaired and not.")
     parser.add_argument("--net", nargs=3, action="append", default=[], metavar=("NAME", "MODEL", "TOML"))
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.75], metavar="R")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="networks to compute cells of; default all")
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES), metavar="PLACE")
+    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS), metavar="R")
     parser.add_argument("--criteria", nargs="+", choices=list(CRITERIA), default=list(CRITERIA), metavar="NAME")
-    parser.add_argument("--limit", type=int, help="images of a --net that filters are chosen and repairs fitted on")
+    parser.add_argument("--unrepaired", action="store_true", help="leave out the repair; a later run adds it")
+    parser.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="[NAME=]N",
+        help="images of a --net that filters are chosen and repairs fitted on; of all or of the one that is named",
+    )
+    parser.add_argument(
+        "--per-step",
+        action="append",
+        default=[],
+        metavar="[NAME=]K",
+        help=f"groups that {', '.join(SLOW)} remove before they look again, at single layers and all; default 1",
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many minutes")
     parser.add_argument("--cache", type=Path, default=ROOT / "docs" / "img" / "accuracy.json")
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--no-page", action="store_true", help="compute only")
     args = parser.parse_args()
+    limits, at_once = by_name(args.limit), by_name(args.per_step)
     nets = [Net(*DIGITS, None, args.threads)]
-    nets += [Net(name, Path(model), Path(toml), args.limit, args.threads) for name, model, toml in args.net]
+    for name, model, toml in args.net:
+        limit, k = limits.get(name, limits.get("")), at_once.get(name, at_once.get("", 1))
+        nets.append(Net(name, Path(model), Path(toml), limit, args.threads, k, args.cache.with_suffix("")))
     held = json.loads(args.cache.read_text()) if args.cache.exists() else {}
     for net in nets:
-        net.cache = held.get(f"{net.name} {net.model.sha256[:12]} {net.limit}", {})
-    done = fill(nets, sorted(args.ratios), args.criteria, args.cache, time.monotonic() + 60 * args.minutes)
-    save(nets, args.cache)
-    names = [name for name in CRITERIA if name in args.criteria]
-    for net in nets:
-        plot(net, sorted(args.ratios), names, args.page.parent / "img")
-    text = args.page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    table = tables(nets, sorted(args.ratios), names)
-    args.page.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
+        net.cache = held.get(net.held, {})
+    asked = [net for net in nets if args.only is None or net.name in args.only]
+    deadline = time.monotonic() + 60 * args.minutes
+    done = fill(asked, args.places, sorted(args.ratios), args.criteria, not args.unrepaired, args.cache, deadline)
+    if not args.no_page:
+        write(nets, args.page)
     if not done:
         print("Time is up; the same command goes on.")
+
+
+def by_name(values: Sequence[str]) -> dict[str, int]:
+    """Name -> number of flags like NAME=N, "" -> that of a bare N."""
+    return {name: int(number) for name, _, number in (value.rpartition("=") for value in values)}
+
+
+def write(nets: Sequence[Net], page: Path) -> None:
+    """The plots, and the tables in their place of the page."""
+    names = list(CRITERIA)
+    for net in nets:
+        plot(net, RATIOS, names, page.parent / "img")
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n\n{tables(nets, RATIOS, names)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

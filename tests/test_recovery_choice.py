@@ -8,8 +8,9 @@ import pytest
 
 from onnxcar.criteria import Context, find
 from onnxcar.errors import PlanError
+from onnxcar.model import Model
 from onnxcar.recovery import Reconstruction
-from onnxcar.recovery._reconstruct import RIDGE, _Surgeon
+from onnxcar.recovery._surgeon import RIDGE, Surgeon, inverse
 from onnxcar.rules import analyze
 from tests.graphs import Net
 from tests.test_recovery import groups_of, redundant, samples
@@ -29,7 +30,7 @@ def test_a_cost_is_the_least_error_that_a_refit_leaves() -> None:
     rng = np.random.default_rng(0)
     weights, x = rng.standard_normal((8, 3)), rng.standard_normal((40, 8)) @ rng.standard_normal((8, 8))
     moments, groups = x.T @ x / 40, np.array([0, 0, 1, 1, -1, -1, 2, 3])
-    surgeon = _Surgeon(weights, moments, groups)
+    surgeon = Surgeon(weights.copy(), inverse(moments), groups)
     for group, cost in surgeon.costs().items():
         np.testing.assert_allclose(cost, lost(weights, moments, np.flatnonzero(groups == group)), rtol=1e-9)
     first = surgeon.costs()[1]
@@ -105,3 +106,51 @@ def test_groups_that_something_else_reads_stay() -> None:
     alone = net.model(y)
     with pytest.raises(PlanError, match=r"come out of a Cast.*--criterion car"):
         Reconstruction(analyze(alone), samples(alone))
+
+
+class Told:
+    """Reports, as they come."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def update(self, done: float, total: float | None, text: str = "") -> None:
+        assert total is not None
+        assert 0 <= done <= total
+        self.texts.append(text)
+
+
+def deep() -> Model:
+    """Four readers, one of them grouped."""
+    net = Net()
+    y = net.op("Relu", net.conv(net.input(), 8, name="first"))
+    y = net.op("Relu", net.conv(y, 8, group=2, name="second"))
+    y = net.op("Relu", net.conv(y, 6, name="third"))
+    return net.model(net.conv(y, 3, name="last"))
+
+
+def test_little_memory_takes_more_passes_and_says_the_same() -> None:
+    model = deep()
+    space = analyze(model)
+    data = samples(model, 150)
+    free, told = Reconstruction(space, data, progress=(heard := Told())), Told()
+    bound = Reconstruction(space, data, memory_bytes=150_000, progress=told)
+    assert free.passes == 1
+    assert bound.passes > 1
+    assert free._shelf.written == 0 < bound._shelf.written
+    assert "inputs of all layers" in heard.texts
+    assert "inputs of layers, pass 2" in told.texts
+    assert "what errors in second cost" in told.texts
+    removed: frozenset[int] = frozenset()
+    for _ in range(8):
+        one, two = free.importances(removed), bound.importances(removed)
+        np.testing.assert_allclose(one, two, rtol=1e-4)
+        assert np.nanargmin(one) == np.nanargmin(two)
+        removed |= {int(np.nanargmin(one))}
+    np.testing.assert_allclose(free.importances(frozenset()), bound.importances(frozenset()), rtol=1e-4)
+
+
+def test_a_layer_that_alone_takes_more_than_the_bound_is_told() -> None:
+    model = deep()
+    with pytest.raises(PlanError, match=r"'second' has 36 inputs.*--memory \dMiB"):
+        Reconstruction(analyze(model), samples(model), memory_bytes=20_000)

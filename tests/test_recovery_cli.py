@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from tests.graphs import Net
 from tests.test_cli import run
@@ -115,3 +116,51 @@ def test_refusals(small: Path) -> None:
     assert other.exit_code == 1
     assert "Cannot read the plan" in other.stderr
     assert not (small / "other.onnx").exists()
+
+
+def unlabelled(folder: Path) -> None:
+    """200 images of digits without labels, as a flat folder `flat`."""
+    (folder / "flat").mkdir()
+    with np.load(DIGITS / "select.npz") as held:
+        for i, image in enumerate(held["images"][:200]):
+            Image.fromarray(image.squeeze()).save(folder / "flat" / f"{i:03}.png")
+
+
+def test_without_labels_reconstruction_chooses_and_nothing_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    unlabelled(tmp_path)
+    pixels = ["--preprocess", "unit", "--channels", "gray", "--threads", "1", "--layers", "conv1"]
+    model = str(DIGITS / "model.onnx")
+    (tmp_path / "model.onnx").write_bytes(Path(model).read_bytes())  # no onnxcar.toml beside it
+    options = ["prune", "model.onnx", *pixels, "--criterion", "reconstruction"]
+    result = run(*options, "--data", "flat", "--ratio", "0.5", "-o", "a.onnx")
+    assert result.exit_code == 0, result.output
+    assert "No labels in flat" in result.stderr
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["base"] is None
+    assert record["final"] is None
+    assert record["data"]["samples"] == 200
+    more = ["--recover", "least-squares", "--test-data", str(DIGITS / "test.npz")]
+    result = run(*options, "--calibration-data", "flat", "--ratio", "0.5", "-o", "b.onnx", *more)
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "b.json").read_text())
+    assert told["removed"] == record["removed"]
+    assert told["final"] is None
+    assert told["test_base"]["value"] - told["test_final"]["value"] < 0.02
+    # who asks for scores needs labels
+    for asked in (["--max-drop", "0.01"], ["--ratio", "0.5", "--criterion", "car"]):
+        result = run(*options, "--data", "flat", *asked, "-o", "c.onnx")
+        assert result.exit_code == 1
+        assert "label" in result.stderr
+        assert not (tmp_path / "c.onnx").exists()
+
+
+def test_calibration_data_that_nobody_looks_at_are_refused(tmp_path: Path) -> None:
+    model, data = str(DIGITS / "model.onnx"), str(DIGITS / "select.npz")
+    for criterion in ("l1", "car"):
+        options = ["--criterion", criterion, "--ratio", "0.5", "--calibration-data", data]
+        result = run("prune", model, *options, "-o", str(tmp_path / "x.onnx"))
+        assert result.exit_code == 2
+        assert "--calibration-data is about recovery" in result.stderr

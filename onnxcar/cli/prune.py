@@ -32,6 +32,7 @@ from onnxcar.cli.work import (
     need_data,
     open_data,
     open_provider,
+    open_unscored,
     terminal,
 )
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 _WHAT, _STOP, _OUT = "What to remove", "When to stop (several: the first that bites; none: --max-drop 0.01)", "Output"
 DATA_FREE = ("l1", "l2", "outgoing", "random")
+LABELLED = ("car", "class-car")  # criteria that score networks; the others that look at data need no labels
 _STOPS = ("ratio", "max_drop", "target_macs", "target_params", "target_latency", "steps", "time_limit")
 # Flags that mean the same to the function.
 _SAME: tuple[str, ...] = (
@@ -267,24 +269,16 @@ def _check_usage(params: dict[str, Any]) -> None:
         raise click.UsageError("--drop-outputs keeps the rows of some classes: say which with --classes.")
     if params["classes"] is not None:
         need_data(params, "--classes")
-    if params["recover"] == "none":
-        typed = click.get_current_context().get_parameter_source
-        for name in ("recover_every", "calibration_data"):
-            if typed(name) is ParameterSource.COMMANDLINE and params[name]:
-                flag = f"--{name.replace('_', '-')}"
-                raise click.UsageError(f"{flag} is about recovery: give --recover least-squares, or leave it out.")
-        params["recover_every"] = 0
-    elif params["calibration_data"] is None:
-        need_data(params, f"--recover {params['recover']}")
     if params["criterion"] is None:
         params["criterion"] = _usual(params)
+    _check_recovery(params)
     if params["data"] is not None:
         return
     stops = [name for name in (*_STOPS, "sweep") if params[name] is not None]
     if params["plan"] is not None:
         if params["max_drop"] is not None:
             need_data(params, "--max-drop")
-    elif params["criterion"] not in DATA_FREE:
+    elif params["criterion"] in LABELLED or (params["criterion"] not in DATA_FREE and not params["calibration_data"]):
         need_data(params, f"The criterion {params['criterion']}")
     elif params["max_drop"] is not None:
         need_data(params, "--max-drop")
@@ -294,6 +288,23 @@ def _check_usage(params: dict[str, Any]) -> None:
             "--target-macs 0.5, --target-params 0.5 or --steps N.",
             click.get_current_context(),
         )
+
+
+def _check_recovery(params: dict[str, Any]) -> None:
+    """Flags about recovery without any; calibration data are for criteria that look at samples, too."""
+    if params["recover"] != "none":
+        if params["calibration_data"] is None:
+            need_data(params, f"--recover {params['recover']}")
+        return
+    unused = {"recover_every": params["recover_every"]}
+    if params["data"] is not None or params["criterion"] in (*LABELLED, *DATA_FREE) or params["plan"] is not None:
+        unused["calibration_data"] = params["calibration_data"]
+    typed = click.get_current_context().get_parameter_source
+    for name, given in unused.items():
+        if typed(name) is ParameterSource.COMMANDLINE and given:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} is about recovery: give --recover least-squares, or leave it out.")
+        params[name] = None if name == "calibration_data" else 0
 
 
 def _usual(params: dict[str, Any]) -> str:
@@ -345,8 +356,8 @@ def _arguments(params: dict[str, Any]) -> dict[str, Any]:
 
     model = load(params["model"])
     provider = open_provider(params)
-    data = None if params["data"] is None else open_data(params, model)
-    fitted = params["calibration_data"] if params["recover"] != "none" else None
+    data = None if params["data"] is None else (open_data if _scores(params) else open_unscored)(params, model)
+    fitted = params["calibration_data"]
     calibration = None if fitted is None else open_data(params, model, fitted, labelled=False)
     test = None if params["test_data"] is None else open_data(params, model, params["test_data"])
     _warn_of_overlap(data, test)
@@ -360,6 +371,15 @@ def _arguments(params: dict[str, Any]) -> dict[str, Any]:
         "memory_bytes": params["memory"],
         **{name: params[name] for name in _SAME},
     }
+
+
+def _scores(params: dict[str, Any]) -> bool:
+    """Whether networks have to be scored on ``--data``, which takes labels."""
+    if params["plan"] is not None:
+        return params["max_drop"] is not None or params["classes"] is not None
+    stops = any(params[name] is not None for name in (*_STOPS, "sweep"))
+    asked = any(params[name] is not None for name in ("max_drop", "guarantee", "classes"))
+    return params["criterion"] in LABELLED or asked or not stops
 
 
 def _warn_of_overlap(data: Dataset | None, test: Dataset | None) -> None:

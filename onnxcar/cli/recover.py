@@ -27,6 +27,7 @@ from onnxcar.cli.work import (
     need_data,
     open_data,
     open_provider,
+    open_unscored,
     terminal,
     write_json,
 )
@@ -117,7 +118,7 @@ def command(**params: Any) -> None:
     provider = open_provider(params)
     if params["data"] is None:
         raise click.UsageError("recover needs images to fit on: give --data PATH; --test-data only reports.")
-    data = _calibration(params, original)
+    data = open_unscored(params, original)
     test = None if params["test_data"] is None else open_data(params, original, params["test_data"])
     running = {name: params[name] for name in ("threads", "batch_size")} | {"memory_bytes": params["memory"]}
     started = time.monotonic()
@@ -176,16 +177,6 @@ def _gone(original: Model, pruned: Model, asked: Mapping[str, Any] | None) -> tu
         if len(free.groups) == len(space.groups):
             raise
         return free, *plan_of(free, pruned, asked)
-
-
-def _calibration(params: Mapping[str, Any], original: Model) -> Dataset:
-    """The images of ``--data``, with their labels where there are any."""
-    from onnxcar.errors import DataError
-
-    try:
-        return open_data(params, original)
-    except DataError:
-        return open_data(params, original, labelled=False)
 
 
 def _plan(params: Mapping[str, Any], original: Model) -> Mapping[str, Any] | None:

@@ -29,6 +29,7 @@ __all__ = [
     "open_data",
     "open_provider",
     "open_reported",
+    "open_unscored",
     "read_class_groups",
     "terminal",
     "this_command",
@@ -183,6 +184,21 @@ def open_data(params: Mapping[str, Any], model: Model, path: str | None = None, 
 
         data = data.only(resolve(classes, data, params["label_offset"])).limit(limit, params["seed"])
     return data.for_input(inputs[0].shape if len(inputs) == 1 else None)
+
+
+def open_unscored(params: Mapping[str, Any], model: Model) -> Dataset:
+    """The data set of ``--data`` where nobody has to be scored on it: with its labels where there are any."""
+    from onnxcar.errors import DataError
+
+    try:
+        return open_data(params, model)
+    except DataError as exc:
+        try:
+            found = open_data(params, model, labelled=False)
+        except DataError:
+            raise exc from None  # no labels is not all that is wrong
+    terminal().note(f"No labels in {params['data']}: how accurate networks are on these images is not told.")
+    return found
 
 
 def open_reported(params: Mapping[str, Any], model: Model) -> Dataset | None:

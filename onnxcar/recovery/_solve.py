@@ -52,9 +52,11 @@ class Normal:
     def xx(self) -> Array:
         """Sums of products of the inputs, (blocks, d, d)."""
         if self._half.shape[1] < _LARGE:
-            return self._half
-        low = np.tril(self._half)
-        return np.asarray(low + np.tril(low, -1).swapaxes(1, 2))
+            return self._half.copy()
+        out = self._half + self._half.swapaxes(1, 2)  # the other triangle of the sums is zero
+        at = np.arange(out.shape[1])
+        out[:, at, at] = self._half[:, at, at]
+        return out
 
     def error(self, weights: Array, bias: Array) -> float:
         """Mean squared distance of outputs to targets, summed over filters.
@@ -74,7 +76,9 @@ class Normal:
 
     def centred(self) -> Array:
         """Sums of products of the inputs less their means, (blocks, d, d)."""
-        return np.asarray(self.xx - self.x[:, :, None] * self.x[:, None, :] / max(self.n, 1))
+        out = self.xx
+        out -= self.x[:, :, None] * self.x[:, None, :] / max(self.n, 1)
+        return out
 
     def bias(self, weights: Array) -> Array:
         """The best bias for these weights, (blocks, m)."""
