@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from onnx import helper
 
+from onnxcar._libraries import CUDNN, missing_libraries, needed_libraries, provider_file, remedy
 from onnxcar.errors import RuntimeMissingError
 
-__all__ = ["Provider", "load_failure", "onnx_runtime", "resolve_provider"]
+__all__ = ["Provider", "cuda_libraries", "load_failure", "onnx_runtime", "resolve_provider"]
 
 INSTALL = (
     "Install one of the two builds:\n"
@@ -86,9 +94,14 @@ def resolve_provider(name: str | Provider = "auto") -> Provider:
     if isinstance(name, Provider):
         return name
     if name == "auto":
-        if "CUDAExecutionProvider" in onnx_runtime().get_available_providers() and load_failure("cuda") is None:
+        if "CUDAExecutionProvider" not in onnx_runtime().get_available_providers():
+            return Provider("cpu", _ORT_NAMES["cpu"], "Running on the CPU; no working CUDA was found.")
+        failure = load_failure("cuda")
+        if failure is None:
             return Provider("cuda", _ORT_NAMES["cuda"], "Running on the GPU (CUDA).")
-        return Provider("cpu", _ORT_NAMES["cpu"], "Running on the CPU; no working CUDA was found.")
+        lacking = ", ".join(_missing(onnx_runtime(), "cuda"))
+        why = f"for CUDA, this machine lacks {lacking}" if lacking else "CUDA does not load"
+        return Provider("cpu", _ORT_NAMES["cpu"], f"Running on the CPU: {why} (`onnxcar doctor` says what to do).")
     if name not in _ORT_NAMES:
         raise RuntimeMissingError(
             f"There is no provider {name!r}. Take one of auto, {', '.join(_ORT_NAMES)}.", provider=name
@@ -100,7 +113,7 @@ def resolve_provider(name: str | Provider = "auto") -> Provider:
 
 
 def load_failure(name: str) -> str | None:
-    """Why a provider does not load, None if it does."""
+    """Why a provider does not load, None if it does; names each library that is missing, and what brings it."""
     ort = onnx_runtime()
     wanted = _ORT_NAMES[name][0]
     if wanted not in ort.get_available_providers():
@@ -109,25 +122,87 @@ def load_failure(name: str) -> str | None:
             f"{', '.join(ort.get_available_providers())}). Uninstall onnxruntime, then pip install "
             '"onnxcar[gpu]"; or take --provider cpu.'
         )
-    if wanted != "CPUExecutionProvider" and hasattr(ort, "preload_dlls"):
+    if wanted == "CPUExecutionProvider":
+        return _probe(ort, wanted)
+    start = f"Provider {name!r} of ONNX Runtime {ort.__version__} does not load. "
+    missing = _missing(ort, name)
+    if missing:
+        return f"{start}{remedy(missing, ort.__version__, name)} `onnxcar doctor` shows all; or take --provider cpu."
+    reason = _probe(ort, wanted)
+    if reason is None:
+        return None
+    return (
+        f"{start}Its libraries are all there, so the driver or the GPU is not what it wants: {reason} `onnxcar doctor` "
+        "shows versions; update the driver, or take --provider cpu."
+    )
+
+
+def _missing(ort: Any, name: str) -> dict[str, str]:
+    """Libraries of a provider that cannot be opened -> the loader's words."""
+    if hasattr(ort, "preload_dlls"):  # finds those of NVIDIA's wheels
         with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
             ort.preload_dlls()
-    value = helper.make_tensor_value_info
+    return missing_libraries(cuda_libraries(ort, name))
+
+
+def cuda_libraries(ort: Any, name: str) -> tuple[str, ...]:
+    """Libraries that the provider of an installed ONNX Runtime needs: those it was linked to, and cuDNN."""
+    path = provider_file(Path(ort.__file__).parent, name)
+    linked = needed_libraries(path) if path is not None else ()
+    return tuple(dict.fromkeys([*linked, CUDNN])) if linked else ()
+
+
+def _probe(ort: Any, wanted: str) -> str | None:
+    """Run a Conv on the provider; None if that works, else what ONNX Runtime said, a sentence."""
+    value, node = helper.make_tensor_value_info, helper.make_node
     graph = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["y"])], "probe", [value("x", 1, [1])], [value("y", 1, [1])]
+        # Not an elementwise operator: without cuDNN these work, and no network does.
+        [node("Conv", ["x", "w"], ["c"]), node("Relu", ["c"], ["y"])],
+        "probe",
+        [value("x", 1, [1, 1, 2, 2])],
+        [value("y", 1, [1, 1, 2, 2])],
+        [helper.make_tensor("w", 1, [1, 1, 1, 1], [2.0])],
     )
     probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # the message below says it
     reason = ""
-    try:
-        made = ort.InferenceSession(probe.SerializeToString(), options, providers=[wanted])
-        # Without working CUDA libraries ONNX Runtime falls back to the CPU and says nothing.
-        if made.get_providers()[0] == wanted:
-            return None
-    except Exception as exc:
-        reason = f" ({str(exc).splitlines()[0][:200]})"
-    return (
-        f"Provider {name!r} is in this build of ONNX Runtime {ort.__version__} but does not load{reason}: a driver or "
-        "a CUDA library is missing or of another version. `onnxcar doctor` says which; or take --provider cpu."
-    )
+    # What went wrong stands in the log of ONNX Runtime and nowhere else.
+    with _heard() as log:
+        try:
+            made = ort.InferenceSession(probe.SerializeToString(), options, providers=[wanted], enable_fallback=False)
+            out = made.run(None, {"x": np.full((1, 1, 2, 2), 3, np.float32)})[0]
+            # Without working CUDA libraries ONNX Runtime falls back to the CPU and says nothing.
+            if made.get_providers()[0] == wanted and (out == 6).all():
+                return None
+        except Exception as exc:
+            reason = str(exc)
+    return _sentence(reason or log())
+
+
+def _sentence(text: str) -> str:
+    """What matters of a log or an exception of ONNX Runtime."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    found = re.search(r"CUDA(?:NN)? failure \d+: [^;\n]*", plain) or re.search(r"\[ONNXRuntimeError\][^\n]*", plain)
+    said = found[0] if found else next((line.strip() for line in plain.splitlines() if line.strip()), "no reason given")
+    said = said.split(" : ", 3)[-1].strip()[:300]
+    return said if said.endswith(".") else said + "."
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[Callable[[], str]]:
+    """Keep what native code writes to the standard error stream from the terminal; gives a function to read it."""
+    with tempfile.TemporaryFile() as file, contextlib.redirect_stdout(io.StringIO()):
+        sys.stderr.flush()
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def read() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield read
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)

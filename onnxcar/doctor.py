@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from onnxcar._libraries import DRIVER
+from onnxcar._providers import cuda_libraries, onnx_runtime, resolve_provider
 from onnxcar.errors import RuntimeMissingError
-from onnxcar.runtime import resolve_provider
 
 __all__ = ["Diagnosis", "ProviderState", "diagnose", "installed_wheels"]
 
@@ -111,9 +112,9 @@ def diagnose() -> Diagnosis:
     runtime, listed = _runtime()
     providers = tuple(_state(name, ort_name, listed) for name, ort_name in _PROVIDERS.items())
     cuda_major = _cuda_major(packages["onnxruntime-gpu"])
-    libraries = _find_libraries(_cuda_libraries(cuda_major)) if sys.platform == "linux" else {}
+    libraries = _find_libraries(_wanted() or _cuda_libraries(cuda_major)) if sys.platform == "linux" else {}
     gpus, driver = _gpus()
-    advice = _advise(wheels, providers, cuda_major, libraries, driver)
+    advice = _advise(wheels, providers, cuda_major, libraries, driver, runtime)
     return Diagnosis(
         python=f"{platform.python_version()} ({sys.executable})",
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -160,6 +161,14 @@ def _state(name: str, ort_name: str, listed: Collection[str]) -> ProviderState:
     except RuntimeMissingError as exc:
         reason = " ".join(str(exc).split())
     return ProviderState(name, ort_name, listed=ort_name in listed, loads=not reason, reason=reason)
+
+
+def _wanted() -> tuple[str, ...]:
+    """What the installed wheel's CUDA provider was linked to; empty if it has none."""
+    try:
+        return cuda_libraries(onnx_runtime(), "cuda")
+    except RuntimeMissingError:
+        return ()
 
 
 def _cuda_libraries(major: int) -> tuple[str, ...]:
@@ -219,6 +228,7 @@ def _advise(
     cuda_major: int,
     libraries: Mapping[str, str | None],
     driver: str | None,
+    runtime: str | None = None,
 ) -> list[str]:
     """What to do, most urgent first; see `Diagnosis.advice`."""
     states = {state.name: state for state in providers}
@@ -232,22 +242,30 @@ def _advise(
         return [f"ONNX Runtime does not work ({states['cpu'].reason}): pip uninstall -y {wheels[0]} && {want}"]
     if states["cuda"].loads:
         return []
-    if not gpu:
+    if not gpu and not states["cuda"].listed:
         return [
             "No NVIDIA driver answers (nvidia-smi), so models run on the CPU. With a GPU: install its driver, then "
             f"pip uninstall -y {wheels[0]} && {_INSTALL['gpu']}"
         ]
     if not states["cuda"].listed:
         return [f"{wheels[0]} has no CUDA: pip uninstall -y {wheels[0]} && {_INSTALL['gpu']}"]
+    missing = [name for name, at in libraries.items() if at is None and name != DRIVER]
+    bound = f"=={runtime}" if runtime else ">=1.27" if cuda_major > 12 else "<1.27"
+    line = f'pip install "onnxruntime-gpu[cuda,cudnn]{bound}"'
+    lacks = f"CUDA does not load because {', '.join(missing)} are missing: {line}"
+    if not gpu:
+        return [
+            "No NVIDIA driver answers (nvidia-smi), so models run on the CPU. With a GPU: install its driver "
+            f"({_OLDEST_DRIVER[cuda_major]} or newer for CUDA {cuda_major}); in a container, start it with the GPU "
+            "(docker run --gpus all).",
+            *([lacks] if missing else []),
+        ]
     version = re.match(r"\d+", driver or "")
     if version and int(version[0]) < _OLDEST_DRIVER[cuda_major]:
         older = ', or stay with CUDA 12: pip install "onnxruntime-gpu[cuda,cudnn]<1.27"' if cuda_major > 12 else ""
         return [f"Driver {driver} is too old for CUDA {cuda_major}: update it to {_OLDEST_DRIVER[cuda_major]}{older}"]
-    missing = [name for name, at in libraries.items() if at is None]
-    bound = ">=1.27" if cuda_major > 12 else "<1.27"
-    line = f'pip install "onnxruntime-gpu[cuda,cudnn]{bound}"'
     if missing:
-        return [f"CUDA does not load because {', '.join(missing)} are missing: {line}"]
+        return [lacks]
     return [
         f"CUDA does not load ({states['cuda'].reason}) though its libraries are there. Bring them to one version: "
         f"{line} --force-reinstall"

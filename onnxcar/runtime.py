@@ -227,7 +227,10 @@ def session(model: Model | onnx.ModelProto, *, provider: str | Provider = "cpu",
         with contextlib.suppress(Exception):  # before ONNX Runtime 1.20 there was no such entry
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.folder))
     try:
-        inner = ort.InferenceSession(_serialized(plain(proto)), options, providers=list(where.ort_names))
+        # ONNX Runtime's own fall-back prints to the standard output and goes on on the CPU.
+        inner = ort.InferenceSession(
+            _serialized(plain(proto)), options, providers=list(where.ort_names), enable_fallback=False
+        )
     except ModelError:
         raise
     except Exception as exc:

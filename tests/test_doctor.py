@@ -122,6 +122,7 @@ CPU = ("onnxruntime",)
         (CPU, states(cpu=False), 13, {}, None, "broken"),
         (GPU, states(cuda=True), 13, {"libcudnn.so.9": None}, "580.1", None),
         (CPU, states(listed=False), 13, {}, None, "No NVIDIA driver"),
+        (GPU, states(), 13, {"libcuda.so.1": None}, "580.1", "--force-reinstall"),
         (CPU, states(listed=False), 13, {}, "580.1", 'onnxruntime && pip install "onnxcar[gpu]"'),
         (GPU, states(), 13, {"libcudnn.so.9": None}, "580.1", "libcudnn.so.9 are missing"),
         (GPU, states(), 13, {"libcudnn.so.9": None}, "580.1", '"onnxruntime-gpu[cuda,cudnn]>=1.27"'),
@@ -145,3 +146,12 @@ def test_advice_is_one_command_that_fits(
         assert len(advice) == 1
         assert expected in advice[0]
         assert "pip install" in advice[0]
+
+
+def test_a_gpu_wheel_without_a_gpu_is_told_both_things_that_lack() -> None:
+    advice = doctor._advise(GPU, states(), 13, {"libcudnn.so.9": None, "libcuda.so.1": None}, None, "1.31.1")
+    assert len(advice) == 2
+    assert "docker run --gpus all" in advice[0]
+    assert "580 or newer" in advice[0]
+    assert advice[1].endswith('libcudnn.so.9 are missing: pip install "onnxruntime-gpu[cuda,cudnn]==1.31.1"')
+    assert len(doctor._advise(GPU, states(), 13, {"libcuda.so.1": None}, None)) == 1
