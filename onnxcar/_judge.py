@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxcar.errors import DataError, MetricError
-from onnxcar.metrics import LOSS_CAP, LOSS_ONE, SUM_CAP, TOP, Metric, Outcomes, Rows, Score, Tally, pearson
+from onnxcar.metrics import LOSS_CAP, LOSS_ONE, SUM_CAP, TOP, Answers, Metric, Outcomes, Rows, Score, Tally, pearson
 
 __all__ = ["Judge"]
 
@@ -256,6 +257,13 @@ class Judge:
             int(rows.top5.sum()),
             np.zeros(0, np.int64) if per_class is None else per_class.astype(np.int64),
         )
+
+    def answers(self, parts: Sequence[Rows]) -> Answers | None:
+        """Outputs and targets of all samples in order; None where these are no numbers of the same shape."""
+        if self.labelled or not parts:
+            return None
+        found, wanted = self._numbers(np.concatenate([rows.outputs for rows in parts])), self._numbers(self.targets)
+        return Answers(found, wanted) if found.shape == wanted.shape else None
 
     def score(self, tally: Tally, outputs: Array | None = None, outcomes: Outcomes | None = None) -> Score:
         """The metric of all samples.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxcar import stats
+from onnxcar import bootstrap, stats
 from onnxcar.classes import common, fitted
 from onnxcar.errors import ConfigError, DataError
 from onnxcar.latency import Latency, measure, ratio
@@ -71,17 +71,20 @@ class Row:
 
     Attributes:
         value: The metric; fractions, nats for the loss.
-        interval: 95 %, None where the metric is no mean over samples.
+        interval: 95 %, None for metrics that are functions of the user's.
         correct: What the value counts, None where it counts nothing.
+        method: Of the interval, where it is a bootstrap's.
     """
 
     value: float
     interval: Interval | None = None
     correct: int | None = None
+    method: str | None = None
 
     def to_dict(self, n_samples: int) -> dict[str, Any]:
         """As JSON types."""
-        return {"value": self.value, "interval": _pair(self.interval), "correct": self.correct, "samples": n_samples}
+        found = {"value": self.value, "interval": _pair(self.interval), "correct": self.correct, "samples": n_samples}
+        return found if self.method is None else {**found, "interval_method": self.method}
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class ScoreChange:
 
     Attributes:
         difference: Negative is a lower value (for a loss: better).
-        interval: Of the difference, paired; None where the metric is no mean over samples.
+        interval: Of the difference, paired; None for metrics that are functions of the user's.
         p: Of the exact McNemar test; None where the metric counts nothing.
         only_base: Samples that only the base gets right.
         only_candidate: Samples that only the candidate gets right.
@@ -280,6 +283,9 @@ def rows(score: Score) -> dict[str, Row]:
             found["loss"] = Row(score.loss, known)
     if score.metric == "balanced" and score.per_class is not None and score.class_samples is not None:
         found["balanced"] = Row(score.value, _balanced_interval(score.per_class, score.class_samples))
+    if score.answers is not None and bootstrap.known(score.metric):
+        interval = bootstrap.score(score.metric, score.answers)
+        found[score.metric] = Row(score.value, interval, method=bootstrap.method(score.samples))
     return found
 
 
@@ -320,6 +326,9 @@ def _difference(base: Entry, candidate: Entry, data: Dataset | None) -> Differen
             agreement = float((a.outcomes.pred == b.outcomes.pred).mean())
             changes |= {name: _paired(name, a.outcomes, b.outcomes, changes[name].difference) for name in changes}
             classes = _class_changes(a, b, data)
+        if a.answers is not None and b.answers is not None and bootstrap.known(a.metric):
+            interval = bootstrap.difference(a.metric, a.answers, b.answers)
+            changes[a.metric] = ScoreChange(changes[a.metric].difference, interval)
     times = None
     if base.latency is not None and candidate.latency is not None:
         times = ratio(base.latency, candidate.latency)

@@ -184,6 +184,19 @@ class Outcomes:
         return flat[: n_classes * n_classes].reshape(n_classes, n_classes)
 
 
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a network of numbers said of each sample, and what it should have said.
+
+    Attributes:
+        outputs: (n, k) float64.
+        targets: (n, k) float64.
+    """
+
+    outputs: npt.NDArray[np.float64]
+    targets: npt.NDArray[np.float64]
+
+
 @dataclass(eq=False)
 class Tally:
     """Sums over samples; adding two of them is exact in any order."""
@@ -224,6 +237,7 @@ class Score:
         cost: The metric as a whole-numbered cost, smaller = better; None where it is no sum over samples.
         larger_is_better: The metric's direction.
         outcomes: Results by sample where they were asked for.
+        answers: Outputs and targets where these are numbers.
     """
 
     metric: str
@@ -239,6 +253,7 @@ class Score:
     loss_units: int = 0
     larger_is_better: bool = True
     outcomes: Outcomes | None = None
+    answers: Answers | None = None
 
     def reduction(self, other: Score) -> float:
         """How much worse `other` is than this: positive = a loss. Counts are subtracted before dividing."""

@@ -137,7 +137,18 @@ def test_every_command_takes_a_regression(regression, tmp_path):
         said = cli("evaluate", out, "--data", test, "--metric", metric, "--json", tmp_path / "e.json")
         assert said.exit_code == 0, said.output
         want = METRICS[metric](run(onnx.load(out), x), t) * (1 if metric in ("r2", "pearson") else -1)
-        assert json.loads((tmp_path / "e.json").read_text())["value"] == pytest.approx(want, abs=1e-5)
+        told = json.loads((tmp_path / "e.json").read_text())
+        assert told["value"] == pytest.approx(want, abs=1e-5)
+        low, high = told["scores"][metric]["interval"]
+        assert low < told["value"] < high
+        assert "2,000 resamples of 497 samples, seed 0, 95 %" in told["scores"][metric]["interval_method"]
+        assert "BCa bootstrap" in said.output
+    found = cli(
+        "compare", model, out, "--test-data", test, "--metric", "r2", "--runs", "0", "--json", tmp_path / "c.json"
+    )
+    change = json.loads((tmp_path / "c.json").read_text())["differences"][0]["scores"]["r2"]
+    assert change["interval"][0] < change["difference"] < change["interval"][1]
+    assert "the same resamples for both" in found.output
     same = ("--test-data", test, "--metric", "r2", "--runs", "0")
     assert cli("compare", model, out, *same, "--max-drop", "0.2").exit_code == 0
     assert "NOT MET" in cli("compare", model, out, *same, "--min-score", "0.9999").output

@@ -140,6 +140,9 @@ def command(base: Path, candidates: tuple[Path, ...], **params: Any) -> None:
         here.data(*report.comparison_tables(result))
     if result["optimistic"]:
         here.note("Scores are on --data: optimistic if filters were chosen on it. Give --test-data for honest ones.")
+    rows = found.entries[0].rows
+    if rows and (method := next(iter(rows.values())).method):
+        here.note(f"Intervals: {method}; that of the difference on the same resamples for both.")
     _advise(found, gates)
     missed = [gate for gate in found.gates if not gate.met]
     if missed:

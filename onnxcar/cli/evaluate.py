@@ -102,6 +102,8 @@ def command(per_class: bool, **params: Any) -> None:
     here.data(f"{params['model']} on {score.samples} samples of {data.path}", report.evaluation_table(result))
     if per_class and result["per_class"]:
         here.data(report.per_class_table(result))
+    if method := result["scores"][score.metric].get("interval_method"):
+        here.note(f"Intervals: {method}.")
     here.note(f"{duration(seconds)} on {provider.name}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,7 +114,8 @@ def evaluate(
             loss=np.concatenate([rows.loss for rows in parts]) / float(1 << 30),
             labels=how.targets,
         )
-    return how.score(tally, np.concatenate(rest) if rest else None, outcomes)
+    found = how.score(tally, np.concatenate(rest) if rest else None, outcomes)
+    return found if how.labelled else replace(found, answers=how.answers(parts))
 
 
 _metric = metric
