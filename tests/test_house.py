@@ -22,7 +22,7 @@ FLOORS = [
     {"facts", "_graphs"},
     {"_libraries", "_providers", "_device", "runtime", "metrics"},
     {"preprocess", "preprocess_files", "images", "data_files", "data_calls", "sources", "dataset", "data", "testing"},
-    {"channels", "ledger", "config", "journal", "classes"},
+    {"channels", "ledger", "config", "journal", "classes", "bootstrap"},
     {"rules"},
     {"surgery"},
     {"_judge"},
