@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -113,10 +114,38 @@ def test_the_command_writes_models_records_table_and_plot(tmp_path):
         (["--sweep", "0.9,1.5"], "between 0 and 1"),
         (["--sweep", "0.9", "--plan", "p.json"], "--plan"),
         (["--sweep", "0.9", "--guarantee", "0.9", "--max-drop", "0.1"], "--guarantee"),
-        (["--sweep", "0.9", "--target-macs", "0.5"], "--target-macs"),
+        (["--sweep", "0.9", "--target-macs", "0.5"], "--target-macs: its fractions are the targets"),
+        (["--sweep", "0.9", "--report", "r"], "--report: onnxcar compare --html"),
     ],
 )
 def test_what_makes_no_sense_is_usage(args, words):
     result = cli(*args)
     assert result.exit_code == 2
     assert words in result.output
+
+
+def test_with_dropped_rows_it_says_which_class_is_which(tmp_path):
+    options = (
+        *flags(tmp_path),
+        "--sweep",
+        "0.6,0.3",
+        "--classes",
+        "7,1,3",
+        "--drop-outputs",
+        "-o",
+        str(tmp_path / "m.onnx"),
+    )
+    result = cli(*options)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "m.classes.txt").read_text() == "1\n3\n7\n"
+    for fraction in ("0.6", "0.3"):
+        out = onnx.load(tmp_path / f"m.macs{fraction}.onnx").graph.output[0]
+        assert out.type.tensor_type.shape.dim[1].dim_value == 3
+    (tmp_path / "m.classes.txt").write_text("mine")
+    for file in tmp_path.glob("m.macs*"):
+        file.unlink()
+    for file in tmp_path.glob("m.sweep*"):
+        file.unlink()
+    refused = cli(*options)
+    assert refused.exit_code == 1
+    assert "m.classes.txt exists" in str(refused.exception)

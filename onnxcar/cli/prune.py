@@ -20,6 +20,7 @@ from onnxcar.cli.options import (
     metric_option,
     model_argument,
     option,
+    precision_option,
     runtime_options,
     test_data_option,
 )
@@ -60,11 +61,22 @@ _SAME: tuple[str, ...] = (
     "recover_every",
     "drop_outputs",
     "approximate",
+    "precision",
     "seed",
     "verify",
     "threads",
     "batch_size",
 )
+
+
+# Flags that --sweep refuses, and what does it instead.
+_NOT_SWEPT = {
+    "plan": "a plan is one model; give --plan alone",
+    "dry_run": "each model's record says what was removed",
+    "guarantee": "a promise holds for the one model that is shipped; give --guarantee with --max-drop alone",
+    "target_macs": "its fractions are the targets",
+    "report": "onnxcar compare --html makes a page of the models",
+}
 
 
 def _fractions(ctx: click.Context, param: click.Parameter, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
@@ -232,6 +244,7 @@ def _fractions(ctx: click.Context, param: click.Parameter, value: tuple[float, .
 )
 @json_option
 @runtime_options
+@precision_option
 @later_options("prune")
 @general_options
 def command(**params: Any) -> None:
@@ -322,9 +335,11 @@ def _usual(params: dict[str, Any]) -> str:
 def _check_sweep(params: dict[str, Any]) -> None:
     if params["sweep"] is None:
         return
-    for name in ("plan", "dry_run", "guarantee", "target_macs", "report"):
+    for name, instead in _NOT_SWEPT.items():
         if params[name]:
-            raise click.UsageError(f"--sweep writes models of one path and takes no --{name.replace('_', '-')}.")
+            raise click.UsageError(
+                f"--sweep writes models of one path and takes no --{name.replace('_', '-')}: {instead}."
+            )
 
 
 def _check_promise(params: dict[str, Any]) -> None:

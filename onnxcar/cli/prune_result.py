@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from onnxcar.progress import duration
 if TYPE_CHECKING:
     from onnxcar.search import Run
 
-__all__ = ["Paths", "advise", "quoted", "show", "write_plan", "write_run"]
+__all__ = ["Paths", "advise", "quoted", "show", "write_classes", "write_plan", "write_run"]
 
 # Flags that the suggested `compare` repeats where they were typed; those of a config are found again.
 _REPEAT = (
@@ -99,10 +100,14 @@ def write_run(run: Run, paths: Paths, params: dict[str, Any]) -> dict[str, Any]:
     if paths.journal is not None and params["journal"] is None and run.stopped != "time_limit":
         paths.journal.unlink(missing_ok=True)
     if params["drop_outputs"]:
-        kept = written["classes"]
-        names = kept["names"] or [str(label) for label in kept["outputs"]]
-        write_text("".join(f"{name}\n" for name in names), paths.classes)
+        write_classes(written["classes"], paths.classes)
     return written
+
+
+def write_classes(kept: Mapping[str, Any], path: Path) -> None:
+    """Write which output row is which class, one a line: names, else the labels they had."""
+    names = kept["names"] or [str(label) for label in kept["outputs"]]
+    write_text("".join(f"{name}\n" for name in names), path)
 
 
 def _names(json_to: str, path: Path) -> bool:
@@ -146,6 +151,10 @@ def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None
     n_steps = len({step["step"] for step in record["steps"]})
     why = _WHY_STOPPED.get(record["stopped"], record["stopped"])
     here.note(f"{n_steps} steps in {duration(record['seconds'])} on {record['provider']}; stopped: {why}.")
+    if record["precision_check"] is not None:
+        from onnxcar.scoring import Agreement
+
+        here.note(str(Agreement(**record["precision_check"])))
     verified = record["verify"]
     if verified is None:
         here.warn("Not verified (--no-verify): nothing says that the compact model equals the masked original.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onnxcar.cli.border import InterruptedRunError
-from onnxcar.cli.prune_result import Paths
+from onnxcar.cli.prune_result import Paths, write_classes
 from onnxcar.cli.work import check_outputs, json_target, terminal, write_json, write_text
 
 __all__ = ["searched", "sweep_models"]
@@ -46,6 +46,8 @@ def sweep_models(params: dict[str, Any], paths: Paths, opened: Callable[[dict[st
     models = [paths.out.with_suffix(f".macs{fraction:g}{paths.out.suffix}") for fraction in fractions]
     tables = {kind: paths.out.with_suffix(f".sweep.{kind}") for kind in ("csv", "json", "png")}
     wanted = [*models, *(model.with_suffix(".json") for model in models), *tables.values()]
+    if params["drop_outputs"]:
+        wanted.append(paths.classes)
     check_outputs(wanted, force=params["force"], inputs=[paths.model])
     if paths.journal is not None:
         check_outputs([paths.journal], force=True, inputs=[paths.model, *wanted])
@@ -60,6 +62,8 @@ def sweep_models(params: dict[str, Any], paths: Paths, opened: Callable[[dict[st
     write_text(found.to_csv(written), tables["csv"])
     record.write(table, tables["json"], force=True)
     found.draw(tables["png"])
+    if params["drop_outputs"] and found.task.kept is not None:
+        write_classes(found.task.kept.to_json(), paths.classes)
     write_json(table, params["json"])
     if paths.journal is not None and params["journal"] is None and found.stopped != "time_limit":
         paths.journal.unlink(missing_ok=True)
@@ -74,4 +78,6 @@ def sweep_models(params: dict[str, Any], paths: Paths, opened: Callable[[dict[st
             )
     if table["test_data"] is None and table["data"] is not None:
         here.note("The scores are optimistic: filters were chosen on the same data. Give --test-data for honest ones.")
+    if params["drop_outputs"]:
+        here.note(f"Classes {paths.classes}: which row of the models' outputs is which", command=True)
     here.note(f"Table   {tables['csv']}, {tables['json']}\nPlot    {tables['png']}", command=True)
