@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from onnxcar.scoring import _lowest, _wide
+from tests.test_scoring import opened, residual_net
+
 # A search step over synthetic images that exist only while they are asked for; prints the peak in MiB.
 STEP = """
 import resource, sys
@@ -65,3 +68,40 @@ def test_ten_times_the_images_take_hardly_more_memory():
 def test_half_a_million_images_stream():
     # 3 KiB of cut values an image, 1.5 GiB in all; results of six candidates and their order are all that stays.
     assert peak(500_000, 64) <= peak(1_000, 64) + 500
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("images_fit", [False, True])
+def test_candidates_whose_tables_do_not_fit_run_in_parts_with_the_same_picks(
+    everywhere, images_fit, make_model, monkeypatch
+):
+    whole, _ = opened(residual_net, make_model, n=60)
+    parts, _ = opened(residual_net, make_model, n=60)
+    for scorer in (whole, parts):
+        scorer.all_sites = everywhere
+    if not images_fit:
+        parts._budget = 60_000
+    seen = []
+    few_at_a_time = _lowest.few_at_a_time
+
+    def counted(*given):
+        seen.append(max(map(len, made)) if (made := few_at_a_time(*given)) else 0)
+        return made
+
+    monkeypatch.setattr(_lowest, "few_at_a_time", counted)
+    monkeypatch.setattr(_wide, "few_at_a_time", counted)
+    groups = [g.id for g in whole.space.groups]
+    own = groups if everywhere else [g for g in whole.space.layers[0].groups.tolist() if g >= 0]
+    for removed in (frozenset(), frozenset(own[:1])):
+        left = [g for g in own if g not in removed]
+        want = whole.lowest(removed, left, k=2, per_mac=everywhere)
+        assert seen.pop() == len(left)
+        monkeypatch.setattr(_lowest, "RACING_BYTES", 1 << 40)
+        monkeypatch.setattr(_lowest, "KEPT_BYTES", 1 << 40)
+        got = parts.lowest(removed, left, k=2, per_mac=everywhere)
+        assert seen.pop() == 4
+        monkeypatch.undo()
+        monkeypatch.setattr(_lowest, "few_at_a_time", counted)
+        monkeypatch.setattr(_wide, "few_at_a_time", counted)
+        assert [(p.group, p.score.cost) for p in got] == [(p.group, p.score.cost) for p in want]
+    assert not parts._shifts

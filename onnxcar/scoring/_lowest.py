@@ -15,10 +15,12 @@ from onnxcar.scoring._order import risk_order
 from onnxcar.scoring._race import Board, Log, Rank, Runner, race
 from onnxcar.scoring._state import State
 
-__all__ = ["Contest", "compete", "guess", "lowest", "order_images", "remember", "start"]
+__all__ = ["Contest", "compete", "few_at_a_time", "guess", "lowest", "order_images", "remember", "start"]
 
 FEW = 200  # images from which a bet can be worth it
 BARGAIN = 0.7  # it must be expected to take so much less than counting
+TABLES = 4  # one part in so many of the budget is for what is known of candidates, image by image
+RACING_BYTES, KEPT_BYTES = 48, 26  # of these tables for each candidate and image, while it runs and from step to step
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,27 +64,40 @@ def lowest(
     lined_up: list[tuple[State, list[Runner]]] = []
     for number, groups in enumerate(sites):
         state = open_site(number, [held for held, _ in lined_up])
-        size = max(4, budget // max(1, state.each_bytes))
-        if lined_up and sum(held.n_bytes for held, _ in lined_up) + state.n_bytes > budget:
-            _race(asked, board, lined_up)
+        tables = min(budget // TABLES, RACING_BYTES * state.n * len(groups))
+        size = max(4, (budget - tables) // max(1, state.each_bytes))
+        if lined_up and sum(held.n_bytes for held, _ in lined_up) + state.n_bytes > budget - tables:
+            _race(asked, board, lined_up, budget)
             lined_up = []
-        if size < state.n:
-            _by_blocks(asked, board, state, groups, size)
-        else:
+        for some in few_at_a_time(asked, groups, state.n, budget):
+            if size < state.n:
+                _by_blocks(asked, board, state, some, size, budget)
+                continue
+            if len(some) < len(groups) and lined_up:
+                _race(asked, board, lined_up, budget)
+                lined_up = []
             state.enter(asked.removed, np.arange(state.n, dtype=np.int64))
-            state.expect(groups)
-            lined_up.append((state, [start(asked, state, group) for group in groups]))
-    _race(asked, board, lined_up)
+            state.expect(some)
+            lined_up.append((state, [start(asked, state, group) for group in some]))
+    _race(asked, board, lined_up, budget)
     return [runner for _, runner in board.best]
 
 
-def _race(asked: Contest, board: Board, lined_up: Sequence[tuple[State, list[Runner]]]) -> None:
+def few_at_a_time(asked: Contest, groups: Sequence[int], n: int, budget: int) -> list[list[int]]:
+    """Candidates in parts whose tables of n images fit into their part of the budget, the expected best first."""
+    few = max(2 * asked.k, budget // TABLES // (RACING_BYTES * n))
+    if len(groups) > few:
+        groups = sorted(groups, key=lambda group: asked.hints.get(group, len(asked.hints)))
+    return [list(groups[at : at + few]) for at in range(0, len(groups), few)]
+
+
+def _race(asked: Contest, board: Board, lined_up: Sequence[tuple[State, list[Runner]]], budget: int) -> None:
     entered = [(state, runner) for state, some in lined_up for runner in some]
     if not entered:
         return
     compete(asked, board, entered, lined_up[0][0].pool)
     for state, some in lined_up:
-        remember(state, some)
+        remember(state, some, budget)
 
 
 def compete(asked: Contest, board: Board, entered: Sequence[tuple[State, Runner]], pool: Pool) -> None:
@@ -131,13 +146,23 @@ def guess(asked: Contest, runners: Sequence[Runner]) -> float:
     return ranks[min(asked.k, len(ranks)) - 1]
 
 
-def remember(state: State, runners: Collection[Runner]) -> None:
-    """Keep what was run: results for as long as they hold, margins as the next step's expectation."""
-    for runner in runners:
-        shift = state.shifts.setdefault(runner.group, np.full(state.n, np.nan, np.float32))
+def remember(state: State, runners: Collection[Runner], budget: int) -> None:
+    """Keep what was run: results for as long as they hold, margins as the next step's expectation.
+
+    Where all candidates' would not fit into their part of the budget, those that came nearest to winning are kept.
+    """
+    most = budget // TABLES // (KEPT_BYTES * state.n)
+    for gone in (state.removed or frozenset()) & state.shifts.keys():
+        del state.shifts[gone]
+    for runner in sorted(runners, key=lambda runner: (runner.rank.of(int(runner.hope)), runner.hope)):
+        group = runner.group
+        if group not in state.shifts and len(state.shifts) >= most:
+            continue
+        shift = state.shifts.setdefault(group, np.full(state.n, np.nan, np.float32))
         known = ~np.isnan(runner.log.margin)
         shift[known] = (runner.log.margin - state.margins)[known]
-        state.logs[runner.group] = runner.log
+        if group in state.logs or len(state.logs) < most:
+            state.logs[group] = runner.log
 
 
 def start(asked: Contest, state: State, group: int) -> Runner:
@@ -168,7 +193,7 @@ def order_images(
     runner.line_up(open_[order], losses if state.judge.metric.name == "loss" else chances * asked.typical, losses)
 
 
-def _by_blocks(asked: Contest, board: Board, state: State, groups: Sequence[int], size: int) -> None:
+def _by_blocks(asked: Contest, board: Board, state: State, groups: Sequence[int], size: int, budget: int) -> None:
     """One site whose images do not fit in memory: the expected best first, then the others block by block.
 
     No candidate is complete before the last block, so somebody must be run to the end before anybody can be out.
@@ -197,4 +222,4 @@ def _by_blocks(asked: Contest, board: Board, state: State, groups: Sequence[int]
                 order_images(asked, state, runner)
                 runner.more = number + 1 < len(order)
             race(active, board, guess(asked, active), asked.largest, state.pool)
-    remember(state, runners)
+    remember(state, runners, budget)

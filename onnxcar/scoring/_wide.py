@@ -10,7 +10,17 @@ import numpy.typing as npt
 
 from onnxcar._judge import Judge
 from onnxcar.executors import Pool
-from onnxcar.scoring._lowest import Contest, compete, guess, order_images, remember, start
+from onnxcar.scoring._lowest import (
+    RACING_BYTES,
+    TABLES,
+    Contest,
+    compete,
+    few_at_a_time,
+    guess,
+    order_images,
+    remember,
+    start,
+)
 from onnxcar.scoring._race import Board, Log, Runner, race
 from onnxcar.scoring._state import State, Work
 from onnxcar.scoring._trunk import Trunk
@@ -52,7 +62,9 @@ class Wide:
         # All values of a run are there twice before they are stored.
         self._inputs, self._step, self._pool = inputs, int(np.clip(RUN_BYTES // trunk.each_bytes, 1, step)), pool
         self.n = len(judge.targets)
-        self.fits = max(4, budget // trunk.each_bytes)
+        self._budget = budget
+        tables = min(budget // TABLES, RACING_BYTES * self.n * len(trunk.space.groups))
+        self.fits = max(4, (budget - tables) // trunk.each_bytes)
         self.shifts: dict[int, npt.NDArray[np.float32]] = {}
         self.states: dict[tuple[int, ...], State] = {}
         for key, site in trunk.sites.items():
@@ -123,14 +135,16 @@ class Wide:
             runner = Runner(group, idle, np.zeros(0, np.int64), asked.saved[group], asked.rank[group], log)
             runner.cost, runner.loss = int(log.cost.sum()), int(log.loss.sum())
             board.enter(runner)
-        lined_up = [(self.states[key], group) for key, groups in sites.items() if key for group in groups]
-        if self.fits >= self.n:
-            entered = [(state, start(asked, state, group)) for state, group in lined_up]
-            compete(asked, board, entered, self._pool)
-            for state, runner in entered:
-                remember(state, [runner])
-        else:
-            self._by_blocks(asked, board, lined_up)
+        where = {group: self.states[key] for key, groups in sites.items() if key for group in groups}
+        for some in few_at_a_time(asked, list(where), self.n, self._budget):
+            lined_up = [(where[group], group) for group in some]
+            if self.fits >= self.n:
+                entered = [(state, start(asked, state, group)) for state, group in lined_up]
+                compete(asked, board, entered, self._pool)
+                for state, runner in entered:
+                    remember(state, [runner], self._budget)
+            else:
+                self._by_blocks(asked, board, lined_up)
         return [runner for _, runner in board.best]
 
     def _by_blocks(self, asked: Contest, board: Board, lined_up: Collection[tuple[State, int]]) -> None:
@@ -162,4 +176,4 @@ class Wide:
                 racing = [runner for _, runner in active]
                 race(racing, board, guess(asked, racing), asked.largest, self._pool)
         for state, runner in entered:
-            remember(state, [runner])
+            remember(state, [runner], self._budget)
