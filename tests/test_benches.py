@@ -1,0 +1,49 @@
+"""The benchmark scripts run, and what they check holds; times are nobody's business here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODEL, IMAGES = "models/digits/model.onnx", "models/digits/select.npz"
+
+RUNS = [
+    pytest.param(("car_speed.py", "--ratio=0.2", "--loops=1", "--check=1"), "0 counts or picks wrong", id="car_speed"),
+    pytest.param(("engine.py", "global", "--steps=1"), "picks equal: True", id="global"),
+    pytest.param(("engine.py", "memory", "--counts", "20", "40"), "largest over smallest", id="memory"),
+    pytest.param(("limit.py", "--ratio=0.1"), "conv2", id="limit"),
+]
+
+
+def run(script: str, *flags: str) -> str:
+    what = [flags[0]] if flags and not flags[0].startswith("-") else []
+    rest = flags[len(what) :]
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / script), *what, MODEL, IMAGES, "--limit=60", *rest]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("call", "words"), RUNS)
+def test_a_bench_runs_and_its_checks_hold(call, words):
+    assert words in run(*call)
+
+
+def test_latencies_are_told_for_each_ratio():
+    script = str(ROOT / "scripts" / "bench" / "latency_macs.py")
+    done = subprocess.run(
+        [sys.executable, script, MODEL, "--runs=3"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    rows = [line.split("|")[2].strip() for line in done.stdout.splitlines() if line.startswith("| model |")]
+    assert rows == ["0.25", "0.25", "0.5", "0.5", "0.75", "0.75"]
+
+
+@pytest.mark.slow
+def test_scores_in_full_are_those_of_the_loops():
+    pytest.importorskip("torch")
+    told = run("engine.py", "score", "--groups=8", "--loops=1")
+    assert told.count("0 of 1 counts differ") == 2
