@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from onnx import helper
 from onnxcar._libraries import CUDNN, missing_libraries, needed_libraries, provider_file, remedy
 from onnxcar.errors import RuntimeMissingError
 
-__all__ = ["Provider", "cuda_libraries", "load_failure", "onnx_runtime", "resolve_provider"]
+__all__ = ["PRECISIONS", "Provider", "cuda_libraries", "load_failure", "onnx_runtime", "resolve_provider"]
 
 INSTALL = (
     "Install one of the two builds:\n"
     '  pip install "onnxcar[cpu]"    runs on every machine\n'
     '  pip install "onnxcar[gpu]"    for NVIDIA GPUs (CUDA libraries included)'
 )
+PRECISIONS = ("fp32", "tf32", "fp16")
 # Name on the command line -> providers of ONNX Runtime, most wanted first.
 _ORT_NAMES = {
     "cpu": ("CPUExecutionProvider",),
@@ -42,6 +43,8 @@ class Provider:
         name: "cpu", "cuda" or "tensorrt".
         ort_names: What ONNX Runtime is asked for, in order.
         note: One line for people when `auto` had to decide; else empty.
+        precision: What networks that are scored compute in: "fp32", "tf32" (inside matrix products of NVIDIA GPUs) or
+            "fp16".
         buffers: Whether values stay in the device's memory from run to run. Always so on a GPU; the CPU can do the
             same, which is how it is tested.
     """
@@ -49,7 +52,18 @@ class Provider:
     name: str
     ort_names: tuple[str, ...]
     note: str = ""
+    precision: str = "fp32"
     buffers: bool = False
+
+    @property
+    def exact(self) -> Provider:
+        """The same in single precision: for what is no network."""
+        return replace(self, precision="fp32")
+
+    @property
+    def ort_providers(self) -> list[tuple[str, dict[str, str]]]:
+        """What ONNX Runtime is asked for, in order, with its options."""
+        return [(name, _ort_options(name, self.precision)) for name in self.ort_names]
 
     @property
     def on_device(self) -> bool:
@@ -82,15 +96,35 @@ def onnx_runtime() -> Any:
     return onnxruntime
 
 
-def resolve_provider(name: str | Provider = "auto") -> Provider:
-    """The provider of that name, after it has run a one-node network.
+def resolve_provider(name: str | Provider = "auto", precision: str | None = None) -> Provider:
+    """The provider of that name, after it has run a small network.
 
     Args:
         name: "auto" (CUDA if it really loads, else CPU), "cpu", "cuda" or "tensorrt".
+        precision: One of `PRECISIONS`; None: as it is, which is "fp32" for a name.
 
     Raises:
-        RuntimeMissingError: No ONNX Runtime, or the provider asked for does not load (fact `provider`).
+        RuntimeMissingError: No ONNX Runtime, the provider asked for does not load, or it has no such precision (fact
+            `provider`).
     """
+    if precision is not None:
+        found = resolve_provider(name)
+        if precision not in PRECISIONS:
+            raise RuntimeMissingError(
+                f"There is no precision {precision!r}. Take one of {', '.join(PRECISIONS)}.", provider=found.name
+            )
+        if precision == "tf32" and found.name == "tensorrt":
+            raise RuntimeMissingError(
+                "Precision tf32 cannot be chosen for TensorRT. Take --provider cuda, or --precision fp16.",
+                provider=found.name,
+            )
+        if precision == "tf32" and found.name == "cpu":
+            raise RuntimeMissingError(
+                "Precision tf32 is a mode of NVIDIA GPUs, and networks run on the CPU here. Take --precision fp32, "
+                "or a machine with a GPU and --provider cuda.",
+                provider=found.name,
+            )
+        return replace(found, precision=precision)
     if isinstance(name, Provider):
         return name
     if name == "auto":
@@ -106,10 +140,26 @@ def resolve_provider(name: str | Provider = "auto") -> Provider:
         raise RuntimeMissingError(
             f"There is no provider {name!r}. Take one of auto, {', '.join(_ORT_NAMES)}.", provider=name
         )
+    if name == "tensorrt":
+        # Nothing else turns TF32 off there (github.com/microsoft/onnxruntime/issues/26029).
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     failure = load_failure(name)
     if failure is not None:
         raise RuntimeMissingError(failure, provider=name)
     return Provider(name, _ORT_NAMES[name])
+
+
+def _ort_options(name: str, precision: str) -> dict[str, str]:
+    """Options of a provider of ONNX Runtime."""
+    if name != "CUDAExecutionProvider":
+        # The TensorRT provider has none for TF32 (github.com/microsoft/onnxruntime/issues/26029).
+        return {}
+    return {
+        # On by default, and off by a thousandth of a value.
+        "use_tf32": "1" if precision == "tf32" else "0",
+        # The default times all algorithms for every new number of rows, and may take another one in the next run.
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
 
 
 def load_failure(name: str) -> str | None:

@@ -54,6 +54,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "seed": Key("int"),
         "metric": Key(place="code"),
         "provider": Key(),
+        "precision": Key(),
         "threads": Key("int"),
         "batch_size": Key("int"),
         "memory": Key("amount"),

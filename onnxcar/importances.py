@@ -21,7 +21,7 @@ from onnxcar.model import Model
 from onnxcar.rules import analyze
 from onnxcar.runtime import resolve_provider
 from onnxcar.scope import select_layers
-from onnxcar.scoring import Reliability, Score, Scorer, reliability
+from onnxcar.scoring import Agreement, Reliability, Score, Scorer, check_precision, reliability
 
 if TYPE_CHECKING:
     from onnxcar.data import Dataset
@@ -48,6 +48,7 @@ class Importances:
         reliability: What chance does to the values; None where the criterion counts no correct answers.
         classes: Names of the classes, None if unknown.
         effects: What each group does to each class, in the order of `groups`; None unless it was asked for.
+        agreed: How near scores in another precision are to FP32; None where they are in FP32.
     """
 
     space: ChannelSpace
@@ -59,6 +60,7 @@ class Importances:
     reliability: Reliability | None
     classes: tuple[str, ...] | None = None
     effects: ClassEffects | None = None
+    agreed: Agreement | None = None
 
     @property
     def stderr(self) -> float | None:
@@ -84,6 +86,8 @@ class Importances:
         return {
             "criterion": self.criterion,
             "base": records.score_entry(self.base),
+            "precision": "fp32" if self.agreed is None else self.agreed.precision,
+            "precision_check": None if self.agreed is None else self.agreed.to_json(),
             "reliability": known,
             "classes": self._class_entries() if by_class else None,
             "groups": [
@@ -177,6 +181,7 @@ def importance(
     class_groups: Mapping[str, Sequence[str | int]] | None = None,
     seed: int = 0,
     provider: str = "auto",
+    precision: str = "fp32",
     threads: int | None = None,
     batch_size: int | None = None,
     memory_bytes: int | None = None,
@@ -199,6 +204,7 @@ def importance(
         class_groups: Name -> class names or output indices: these groups of classes instead of single ones.
         seed: Of everything random.
         provider: Execution provider.
+        precision: What candidates are scored in: "fp32", "tf32" or "fp16"; see `search.prune`.
         threads: Threads of a session, default all cores.
         batch_size: Samples of an inference call, default from ``memory_bytes``.
         memory_bytes: Bound on the activations held at once, default a quarter of what is free.
@@ -214,14 +220,21 @@ def importance(
     space = model if isinstance(model, ChannelSpace) else analyze(model, norms=norms)
     by_layer = _asked(space, layers, exclude)
     asked = tuple(sorted(group for groups in by_layer.values() for group in groups))
-    scorer = None
+    scorer, agreed = None, None
+    if precision != "fp32" and (data is None or not row.needs_labels):
+        raise DataError(
+            f"Precision {precision} is about scoring on data, and the criterion {row.name} scores nothing. Leave it "
+            "out."
+        )
     if row.needs_labels and data is not None:
+        agreed = check_precision(space.model, data, precision, provider=provider, threads=threads)
         sets = _sets(data, class_groups) if by_class or class_groups else None
         scorer = _Recorder(
             space,
             data,
             metric=metric,
             provider=provider,
+            precision=precision,
             threads=threads,
             batch_size=batch_size,
             memory_bytes=memory_bytes,
@@ -259,6 +272,7 @@ def importance(
         None if scorer is None else scorer.reliability(asked, seed),
         None if data is None else data.classes,
         None if scorer is None else scorer.effects(asked),
+        agreed,
     )
 
 

@@ -32,7 +32,7 @@ from onnxcar.recovery import METHODS
 from onnxcar.rules import analyze
 from onnxcar.runtime import resolve_provider
 from onnxcar.scope import Keep, fields, select_layers, vector_width, whole_layers
-from onnxcar.scoring import Score, Scorer
+from onnxcar.scoring import Agreement, Score, Scorer, check_precision
 from onnxcar.shrinking import Shrinking, every_groups
 from onnxcar.steps import Path as GreedyPath
 from onnxcar.steps import Stop
@@ -68,6 +68,7 @@ class Pruning:
         arguments: As in the record.
         started: `time.monotonic()` when the task began.
         measured: The table of latencies, once there is one.
+        agreed: How near scores in another precision are to FP32; None where they are in FP32.
     """
 
     space: ChannelSpace
@@ -90,6 +91,7 @@ class Pruning:
     scorer: Scorer | None
     started: float = field(default_factory=time.monotonic)
     measured: list[dict[str, Any]] = field(default_factory=list)
+    agreed: Agreement | None = None
 
     @classmethod
     def of(
@@ -119,6 +121,7 @@ class Pruning:
         test_data: Dataset | None = None,
         verify: bool = True,
         provider: str = "auto",
+        precision: str = "fp32",
         threads: int | None = None,
         batch_size: int | None = None,
         memory_bytes: int | None = None,
@@ -171,15 +174,21 @@ class Pruning:
             "approximate": approximate,
             "classes": None if data is None or data.outputs is None else data.outputs.tolist(),
             "drop_outputs": drop_outputs,
+            "precision": precision,
             "seed": seed,
         }
+        _check_precision(precision, row, data)
+        agreed = None
+        if data is not None:
+            agreed = check_precision(model, data, precision, provider=on.provider, threads=threads)
         finisher = Finisher(space, on, data, metric, verify, recover, calibration, seed, drop_outputs)
         scorer = None
         if data is not None:
             models: dict[str, Any] = {}
             if recover_every:
                 models = {"rebuild": finisher.rebuilt, "due": every_groups(recover_every)}
-            scorer = Shrinking(space, data, metric=metric, approximate=approximate, **models, **asdict(on))
+            how: dict[str, Any] = {"metric": metric, "approximate": approximate, "precision": precision}
+            scorer = Shrinking(space, data, **how, **models, **asdict(on))
         return cls(
             space=space,
             data=data,
@@ -200,6 +209,7 @@ class Pruning:
             arguments=arguments,
             scorer=scorer,
             started=started,
+            agreed=agreed,
         )
 
     @property
@@ -290,9 +300,11 @@ class Pruning:
             "calibration_data": None if fitted is None else fitted.sha256,
         }
 
-    @property
+    @cached_property
     def base(self) -> Score | None:
-        """Score of the original on `data`."""
+        """Score of the original on `data`, in single precision as all scores of whole models."""
+        if self.agreed is not None:
+            return self.on.evaluate(self.space.model, self.data, self.metric)
         return None if self.scorer is None else self.scorer.base(frozenset())
 
     @property
@@ -333,6 +345,8 @@ class Pruning:
             "optimistic": self.test_data is None,
             "metric": metric,
             "provider": self.on.provider,
+            "precision": self.arguments["precision"],
+            "precision_check": None if self.agreed is None else self.agreed.to_json(),
             "seconds": 0.0,
             "base": records.score_entry(self.base),
             "final": records.score_entry(finished.score),
@@ -373,6 +387,14 @@ def _check_numbers(scope: str, per_step: int, min_filters: int, multiple_of: int
     for name, value in (("per_step", per_step), ("min_filters", min_filters), ("multiple_of", multiple_of)):
         if value is not None and value != "auto" and (not isinstance(value, int) or value < 1):
             raise PlanError(f"{name} is {value!r}, and must be a whole number of at least 1.", field=name)
+
+
+def _check_precision(precision: str, row: Criterion, data: Dataset | None) -> None:
+    if precision != "fp32" and (data is None or not row.needs_labels):
+        raise DataError(
+            f"Precision {precision} is about scoring on data, and the criterion {row.name} scores nothing. Leave it "
+            "out."
+        )
 
 
 def _check_risk(approximate: float | None, row: Criterion) -> None:

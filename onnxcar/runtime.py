@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from onnx import helper
 
 from onnxcar._device import Buffer, bind_inputs, bind_outputs
 from onnxcar._graphs import constants, cut, extract, free_batch, graph_inputs, plain, uses, value_types
+from onnxcar._half import half
 from onnxcar._providers import Provider, onnx_runtime, resolve_provider
 from onnxcar.errors import DataError, ModelError, RuntimeMissingError
 from onnxcar.model import Model
@@ -46,6 +47,7 @@ Array = npt.NDArray[Any]
 
 MAX_PROTO_BYTES = 2**31 - 1
 _AGREE = 1e-3  # two ways of batching the same network: largest difference, relative to the largest output
+_AGREE_HALF = 2e-2
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,13 @@ class Session:
         return out
 
 
-def session(model: Model | onnx.ModelProto, *, provider: str | Provider = "cpu", threads: int | None = None) -> Session:
+def session(
+    model: Model | onnx.ModelProto,
+    *,
+    provider: str | Provider = "cpu",
+    threads: int | None = None,
+    wide: Collection[str] | None = None,
+) -> Session:
     """The model, loaded.
 
     Args:
@@ -208,6 +216,7 @@ def session(model: Model | onnx.ModelProto, *, provider: str | Provider = "cpu",
         provider: Name or resolved provider.
         threads: Of one call of `run`; None = all cores. Set explicitly: threads that spin beside another busy process
             cost a factor of 4.
+        wide: In half precision: inputs and outputs that stay in single precision. None: all.
 
     Raises:
         ModelError: ONNX Runtime does not load it.
@@ -226,11 +235,11 @@ def session(model: Model | onnx.ModelProto, *, provider: str | Provider = "cpu",
     if isinstance(model, Model) and model.folder is not None:
         with contextlib.suppress(Exception):  # before ONNX Runtime 1.20 there was no such entry
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.folder))
+    options.use_deterministic_compute = where.name != "cpu"  # on the CPU there is no choice
     try:
+        ready = half(plain(proto), wide) if where.precision == "fp16" else plain(proto)
         # ONNX Runtime's own fall-back prints to the standard output and goes on on the CPU.
-        inner = ort.InferenceSession(
-            _serialized(plain(proto)), options, providers=list(where.ort_names), enable_fallback=False
-        )
+        inner = ort.InferenceSession(_serialized(ready), options, providers=where.ort_providers, enable_fallback=False)
     except ModelError:
         raise
     except Exception as exc:
@@ -391,7 +400,8 @@ def open_network(
         made = Model(copy, "", model.path) if isinstance(model, Model) else copy
         freed = Network(session(made, provider=where, threads=threads), copy, freed=True)
         ours, theirs = freed.run(feeds), whole.run(feeds)
-        if all(_agree(a, b) for a, b in zip(ours, theirs, strict=True)):
+        loose = _AGREE if where.precision == "fp32" else _AGREE_HALF
+        if all(_agree(a, b, loose) for a, b in zip(ours, theirs, strict=True)):
             return freed
     except (ModelError, DataError):
         if sample is not None:
@@ -399,7 +409,7 @@ def open_network(
     return whole
 
 
-def _agree(a: Array, b: Array) -> bool:
+def _agree(a: Array, b: Array, loose: float) -> bool:
     if a.shape != b.shape:
         return False
     if a.dtype.kind not in "fc":
@@ -407,7 +417,7 @@ def _agree(a: Array, b: Array) -> bool:
     x, y = a.astype(np.float64), b.astype(np.float64)
     scale = max(1e-6, float(np.abs(y).max(initial=0)))
     # float16 carries three digits; a batch that leaks between samples is off by far more than this
-    return bool(np.abs(x - y).max(initial=0) <= (_AGREE if a.dtype != np.float16 else 2e-2) * scale)
+    return bool(np.abs(x - y).max(initial=0) <= (loose if a.dtype != np.float16 else _AGREE_HALF) * scale)
 
 
 def _random_feeds(inputs: Sequence[Input], n: int) -> dict[str, Array]:

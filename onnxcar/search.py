@@ -93,6 +93,7 @@ def prune(
     test_data: Dataset | None = None,
     verify: bool = True,
     provider: str = "auto",
+    precision: str = "fp32",
     threads: int | None = None,
     batch_size: int | None = None,
     memory_bytes: int | None = None,
@@ -136,6 +137,8 @@ def prune(
         test_data: Samples the final numbers are reported on; never used to choose.
         verify: Check that the compact model equals the masked original.
         provider: Execution provider.
+        precision: What candidates are scored in: "fp32", "tf32" or "fp16". The last two are held against FP32 on a
+            sample first (`scoring.check_precision`). Whole models are scored in FP32; what is written never changes.
         threads: Threads of a session, default all cores.
         batch_size: Samples of an inference call, default from `memory_bytes`.
         memory_bytes: Bound on the activations held at once, default a quarter of what is free.
@@ -174,6 +177,7 @@ def prune(
         test_data=test_data,
         verify=verify,
         provider=provider,
+        precision=precision,
         threads=threads,
         batch_size=batch_size,
         memory_bytes=memory_bytes,

@@ -4,16 +4,16 @@ r"""Try what the CAR paper says about interpretation on a real network; the figu
         --mean 104,117,123 --std 1 --size 227 --crop-pct 0.875 --layers conv1 fire2/conv3x3_2 --work interp
 
 Everything that takes long is kept in the folder `--work` and not done again: the responses to all images, the scores
-of every filter (a file after every 8 of them), and the greedy path (the journal of `onnxcar prune`). So an interrupted
-run goes on, and a run with `--greedy 0` uses what is there. Prints Markdown and writes `results.json`.
+of every filter at every step of the greedy path (a file after every 8 of them). So an interrupted run goes on. Prints
+Markdown and writes `results.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{part.replace('_', '-')}")
     parser.add_argument("--layers", nargs="+", default=["conv1"], help="node names")
     parser.add_argument("--limit", type=int, default=200, help="images that filters are scored on (default 200)")
-    parser.add_argument("--greedy", type=int, default=FIRST, help="steps of greedy CAR in each layer; 0: none")
+    parser.add_argument("--greedy", type=int, default=FIRST, help="filters that greedy CAR prunes a layer; 0: none")
+    parser.add_argument("--per-step", type=int, default=1, help="of them before all others are scored anew (default 1)")
+    parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--class-groups", type=Path, help="JSON of name: [output indices]")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is kept")
     return parser.parse_args()
@@ -85,50 +87,57 @@ def responses(args: argparse.Namespace, space: Any, data: Dataset, layer: Any) -
     return dict(np.load(file))
 
 
-def scores(args: argparse.Namespace, space: Any, data: Dataset, layer: Any) -> tuple[Bools, Bools, Floats]:
-    """Samples that are right (n,), flips and changes of loss of every filter (filters, n)."""
+def scores(
+    args: argparse.Namespace, space: Any, data: Dataset, layer: Any, gone: Sequence[int] = ()
+) -> tuple[Bools, Bools, Floats]:
+    """Without the filters `gone`: samples that are right (n,), flips and changes of loss of the others (filters, n)."""
     groups = layer.groups.tolist()
+    rest = [group for i, group in enumerate(groups) if i not in set(gone)]
+    mark = "".join(f".{zlib.crc32(repr(sorted(gone)).encode()):08x}" for _ in gone[:1])
     scorer = None
     parts = []
-    for start in range(0, len(groups), CHUNK):
-        file = args.work / f"scores.{layer.index}.{len(data)}.{start}.npz"
+    for start in range(0, len(rest), CHUNK):
+        file = args.work / f"scores.{layer.index}.{len(data)}{mark}.{start}.npz"
         if not file.exists():
             if scorer is None:
-                scorer = Scorer(space, data, provider="cpu")
+                scorer = Scorer(space, data, provider="cpu", threads=args.threads)
                 scorer.keep_losses = True
-            some = groups[start : start + CHUNK]
-            scorer.score((), some)
+            some = rest[start : start + CHUNK]
+            scorer.score([groups[i] for i in gone], some)
             flips, losses = (np.stack([kept[g] for g in some]) for kept in (scorer.flips, scorer.losses))
-            np.savez(file, base=scorer.base_correct, flips=flips, losses=losses)
-            print(f"{layer.node}: {start + len(some)} of {len(groups)} filters scored", file=sys.stderr, flush=True)
+            draft = file.with_suffix(".part.npz")
+            np.savez(draft, base=scorer.base_correct, flips=flips, losses=losses)
+            draft.replace(file)
+            done = f"{start + len(some)} of {len(rest)} filters scored"
+            print(f"{layer.node}: {done}, {len(gone)} removed before", file=sys.stderr, flush=True)
         parts.append(np.load(file))
     return parts[0]["base"], np.concatenate([p["flips"] for p in parts]), np.concatenate([p["losses"] for p in parts])
 
 
-def greedy(args: argparse.Namespace, layer: Any) -> list[int]:
-    """Filters in the order in which greedy CAR prunes them, as far as it got."""
-    name = f"greedy.{layer.index}"
-    journal = args.work / f"{name}.journal.jsonl"
-    if args.greedy:
-        flags = [f"--{part.replace('_', '-')}={value}" for part in PARTS if (value := getattr(args, part)) is not None]
-        command = [sys.executable, "-m", "onnxcar", "prune", str(args.model), "--data", args.data, *flags]
-        command += [f"--preprocess={args.preprocess}"] if args.preprocess else []
-        command += ["--limit", str(args.limit), "--layers", layer.node, "--steps", str(args.greedy), "--force"]
-        command += [
-            "--multiple-of",
-            "1",
-            "--no-verify",
-            "-o",
-            str(args.work / f"{name}.onnx"),
-            "--journal",
-            str(journal),
-        ]
-        subprocess.run(command, check=True)
-    if not journal.exists():
-        return []
-    answers = [json.loads(line) for line in journal.read_text().splitlines()]
-    picks = [entry["answer"][0][0] for entry in answers if "lowest" in entry.get("ask", {})]
-    return [layer.groups.tolist().index(group) for group in picks]
+def greedy(args: argparse.Namespace, space: Any, data: Dataset, layer: Any, coloured: Bools) -> dict[str, Any]:
+    """Filters in the order in which CAR prunes them when all are scored anew after every `--per-step` of them.
+
+    The interval is over resampled images, given the path: at each step the resampled scores choose among the filters
+    that were scored there. What was chosen is kept after every step, with the file of the layer's results.
+    """
+    rng = np.random.default_rng(0)
+    weights = [np.bincount(rng.integers(0, len(data), len(data)), minlength=len(data)) for _ in range(DRAWS)]
+    chosen: list[set[int]] = [set() for _ in weights]
+    path: list[int] = []
+    out: dict[str, Any] = {"path": path, "images": len(data), "per_step": args.per_step}
+    while len(path) < min(args.greedy, layer.filters - 1):
+        found = scores(args, space, data, layer, path)
+        rest = np.asarray([i for i in range(layer.filters) if i not in set(path)])
+        k = min(args.per_step, args.greedy - len(path))
+        for picked, w in zip(chosen, weights, strict=True):
+            order = rest[car_order(*found, w.astype(float))].tolist()
+            picked.update([i for i in order if i not in picked][:k])
+        path += rest[car_order(*found)][:k].tolist()
+        counts = [int(coloured[list(picked)].sum()) for picked in chosen]
+        out["interval"] = np.percentile(counts, [2.5, 97.5]).tolist()
+        (args.work / f"greedy.{layer.index}.{len(data)}.{args.per_step}.json").write_text(json.dumps(out))
+        print(f"{layer.node}: {len(path)} of {args.greedy} filters pruned", file=sys.stderr, flush=True)
+    return out
 
 
 # --- the claims ------------------------------------------------------------------------------------------------------
@@ -199,7 +208,7 @@ def look_at(args: argparse.Namespace, space: Any, layer: Any, data: Dataset, few
         "variance": np.argsort(find("variance")(space, context)[layer.groups], kind="stable"),
         "function": np.argsort(redundancy(known["correlation"], known["contribution"]), kind="stable"),
     }
-    path = greedy(args, layer)
+    walked = greedy(args, space, few, layer, coloured)
     out: dict[str, Any] = {
         "layer": layer.node,
         "filters": layer.filters,
@@ -212,9 +221,9 @@ def look_at(args: argparse.Namespace, space: Any, layer: Any, data: Dataset, few
         "diversity": diversity(known["correlation"], orders, max(2, layer.filters // 10)),
         "named": named(args, few, (base, flips, losses)),
     }
-    if path:
-        out["first"]["car, greedy"] = share_of(coloured, path)
-        out["greedy"] = path
+    if walked["path"]:
+        out["first"]["car, greedy"] = share_of(coloured, walked["path"])
+        out["greedy"] = walked
     return out
 
 
@@ -228,6 +237,9 @@ def show(found: dict[str, Any]) -> None:
         print(f"| {name} | {row['first']} | {row['coloured']} | {row['expected']:.1f} | {row['p']:.3f} |")
     low, high = found["bootstrap"]
     print(f"\nCAR scored once, 95 % interval over the images: {low:.0f} to {high:.0f}.\n")
+    if "greedy" in found:
+        (low, high), step = found["greedy"]["interval"], found["greedy"]["per_step"]
+        print(f"Greedy CAR, {step} a step, given its path: {low:.0f} to {high:.0f}.\n")
     d = found["diversity"]
     print(f"Mean twin distance of all filters: {d['all']:.3f}. Of {d['kept']} kept:\n")
     print("| kept by | twin distance | random sets at least as diverse |\n|---|---|---|")

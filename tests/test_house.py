@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "stats", "pixel_cache", "executors", "progress"},
     {"_tensors", "_wall", "_skeleton", "model", "_params"},
     {"facts", "_graphs"},
-    {"_libraries", "_providers", "_device", "runtime", "metrics"},
+    {"_libraries", "_half", "_providers", "_device", "runtime", "metrics"},
     {"preprocess", "preprocess_files", "images", "data_files", "data_calls", "sources", "dataset", "data", "testing"},
     {"channels", "ledger", "config", "journal", "classes", "bootstrap"},
     {"rules"},

@@ -25,6 +25,7 @@ __all__ = [
     "metric_option",
     "model_argument",
     "option",
+    "precision_option",
     "runtime_options",
     "test_data_option",
 ]
@@ -37,6 +38,7 @@ LATER_CRITERIA: tuple[str, ...] = ()
 PRESETS = ("imagenet", "cifar10", "mnist", "tf", "unit", "raw")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+PRECISIONS = ("fp32", "tf32", "fp16")
 
 
 def option(*names: str, section: str, **kwargs: Any) -> Decorator:
@@ -196,6 +198,16 @@ runtime_options: Decorator = _together(
         metavar="NAME",
         help="Where candidates are scored.  [default: local]",
     ),
+)
+
+precision_option: Decorator = option(
+    "--precision",
+    section=_RUN,
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    metavar="NAME",
+    help="What candidates are scored in: fp32, tf32 (GPU), fp16; the last two are tried against fp32 first.  "
+    "[default: fp32]",
 )
 
 data_options: Decorator = _together(_source_options, _preprocess_options)

@@ -21,6 +21,7 @@ from onnxcar.cli.options import (
     metric_option,
     model_argument,
     option,
+    precision_option,
     runtime_options,
 )
 from onnxcar.cli.prune import DATA_FREE
@@ -97,6 +98,7 @@ _FEW = 10  # samples of a class below which its mean loss change says little
 @metric_option
 @json_option
 @runtime_options
+@precision_option
 @general_options
 def command(
     by_class: bool,
@@ -124,6 +126,8 @@ def command(
     if by_layer:
         if by_class or class_groups is not None:
             raise click.UsageError("--by-layer and --by-class are two questions. Ask one at a time.")
+        if params["precision"] != "fp32":
+            raise click.UsageError("--by-layer scores pruned models as a whole, in fp32. Leave out --precision.")
         from onnxcar.cli.score_layers import by_layer as measure_layers
 
         measure_layers(params, plot)
@@ -142,7 +146,7 @@ def command(
     data = open_data(params, model) if needed else None
     here = terminal()
     started = time.monotonic()
-    same = ("criterion", "metric", "layers", "exclude", "norms", "seed", "threads", "batch_size")
+    same = ("criterion", "metric", "layers", "exclude", "norms", "precision", "seed", "threads", "batch_size")
     try:
         with open_meter(here.err, "scoring", "groups", quiet=here.quiet) as meter:
             found = importance(
@@ -176,6 +180,8 @@ def command(
         # A pipe gets every line, a person the ends of a long table.
         here.data(report.score_table(result, limit=_SHOWN if here.out.is_terminal else None))
     here.note(f"{len(found.groups)} groups in {duration(seconds)}.")
+    if found.agreed is not None:
+        here.note(str(found.agreed))
     _trust(result, found.near_noise)
     if result["classes"] is not None:
         _on_classes(result)

@@ -149,6 +149,11 @@ def open_provider(params: Mapping[str, Any]) -> Provider:
     from onnxcar.runtime import resolve_provider
 
     found = resolve_provider(params["provider"])
+    if params.get("precision") == "tf32" and found.name != "cuda":
+        raise click.UsageError(
+            f"--precision tf32 is a mode of the provider cuda, and models run on {found.name} here. Leave it out, or "
+            "give --provider cuda on a machine with an NVIDIA GPU."
+        )
     if found.note:
         terminal().note(found.note)
     return found

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from onnxcar.channels import ChannelSpace, Read
 from onnxcar.errors import ModelError
-from onnxcar.runtime import constants, uses, value_types
+from onnxcar.runtime import Network, constants, uses, value_types
 
 __all__ = [
     "CANDIDATE",
@@ -23,6 +23,7 @@ __all__ = [
     "mask_name",
     "masked",
     "outputs",
+    "own_values",
     "value_kinds",
 ]
 
@@ -181,6 +182,13 @@ def keep_name(read: int) -> str:
 
 def outputs(proto: onnx.ModelProto) -> list[str]:
     return [proto.graph.output[0].name]
+
+
+def own_values(network: Network) -> set[str]:
+    """Inputs and outputs of the network, under their names in any graph of a site."""
+    proto = network.proto
+    own = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    return own | {f"{PREFIX}all.{name}" for name in own}
 
 
 def value_kinds(space: ChannelSpace, proto: onnx.ModelProto) -> dict[str, int]:

@@ -112,7 +112,7 @@ class Sizes:
             ],
         )
         proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
-        self._session = session(proto, provider=provider, threads=threads)
+        self._session = session(proto, provider=provider.exact, threads=threads)
 
     def of(self, values: Buffer) -> npt.NDArray[np.float32]:
         """Sum of squares of each channel, (k, channels); zero exactly where all its values are zero."""

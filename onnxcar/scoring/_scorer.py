@@ -67,6 +67,7 @@ class Scorer:
         memory_bytes: int | None = None,
         batch_size: int | None = None,
         approximate: float | None = None,
+        precision: str | None = None,
     ) -> None:
         """Load the network and look at a few samples.
 
@@ -80,6 +81,7 @@ class Scorer:
             batch_size: Rows of a run; None = chosen from the bound.
             approximate: Probability that any pick of a whole search (steps that remove more and more groups) is not
                 that of the full count; None: exact.
+            precision: What networks compute in, one of `PRECISIONS`; None: as the provider says.
 
         Raises:
             DataError: No samples, no labels, a wrong shape, a label outside the classes.
@@ -95,7 +97,7 @@ class Scorer:
         few = np.arange(min(4, len(data)), dtype=np.int64)
         sample = data.inputs(few) if len(few) else {}
         tried = sample if all(len(value) > 1 for value in sample.values()) and sample else None
-        where = resolve_provider(provider)
+        where = resolve_provider(provider, precision)
         # A GPU is one worker, and another prepares the next batch meanwhile.
         self._pool = Pool((n_cores() if threads is None else threads) if where.name == "cpu" else 2)
         # Batches run side by side, each on one thread: nobody waits for anybody inside a run.

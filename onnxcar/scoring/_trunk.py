@@ -19,7 +19,7 @@ from onnxcar.errors import ModelError
 from onnxcar.executors import Pool
 from onnxcar.model import Model
 from onnxcar.runtime import Network, extract, graph_inputs, session
-from onnxcar.scoring._build import batch_first, cut_values, mask_name, masked, outputs, value_kinds
+from onnxcar.scoring._build import batch_first, cut_values, mask_name, masked, outputs, own_values, value_kinds
 from onnxcar.scoring._held import filled
 from onnxcar.scoring._linear import linear_readers
 from onnxcar.scoring._open import shared_site
@@ -66,7 +66,8 @@ class Trunk:
         wanted = list(dict.fromkeys([*self._made, self._output]))
         made = extract(proto, [*names, *map(mask_name, every)], wanted, value_kinds(space, proto))
         inner = network.session
-        self._session = session(Model(made, "", space.model.path), provider=inner.provider, threads=inner.threads)
+        whole = Model(made, "", space.model.path)
+        self._session = session(whole, provider=inner.provider, threads=inner.threads, wide=own_values(network))
         self._types = {i.name: i.dtype for i in self._session.inputs}
         self._room: dict[str, Array] = {}
         self._held: dict[str, Buffer] = {}

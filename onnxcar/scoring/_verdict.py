@@ -76,7 +76,7 @@ def open_verdicts(judge: Judge, outputs: Array, like: Session) -> Verdicts | Non
     if not covered or outputs.dtype.kind != "f" or any(size != 1 for size in outputs.shape[2:]):
         return None
     try:
-        made = session(_graph(judge, outputs), provider=like.provider, threads=like.threads)
+        made = session(_graph(judge, outputs), provider=like.provider.exact, threads=like.threads)
         found = Verdicts(judge, made)
         few = np.arange(min(len(outputs), len(judge.targets)), dtype=np.int64)
         found.rows(Buffer.of(like.provider.device, outputs[: len(few)]), few)
