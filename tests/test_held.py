@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from onnx import TensorProto, helper
 from onnxcar import runtime
 from onnxcar._device import ALIGN, Buffer, aligned
 from onnxcar.errors import RuntimeMissingError
+from onnxcar.scoring._evaluate import free_bytes
 from onnxcar.scoring._held import Sizes, channel_sizes, filled
 from tests.test_scoring import opened, plain_net, residual_net
 
@@ -159,6 +161,19 @@ def test_a_read_of_the_input_itself_is_held_too(held, make_model):
         for scorer in scorers:
             scorer.all_sites = everywhere
         assert searched(scorers[0], 4) == searched(scorers[1], 4)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shell scripts as tools")
+def test_memory_on_a_gpu_is_the_gpus(tmp_path, monkeypatch):
+    gpu = runtime.Provider("cuda", ("CUDAExecutionProvider",))
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for script, want in (("echo 5; echo 900", 5 << 20), ("echo '[N/A]'", None), ("exit 9", None)):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        found = free_bytes(gpu)
+        assert found == want if want else found > 5 << 20
+    assert free_bytes(HELD) > 5 << 20
 
 
 def test_where_the_batch_is_fixed_the_host_feeds_it(held):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from onnxcar._judge import Judge
 from onnxcar.errors import DataError
 from onnxcar.metrics import Metric, Outcomes, Score, Tally, gives_probabilities, metric
 from onnxcar.model import Model
-from onnxcar.runtime import Network, open_network
+from onnxcar.runtime import Network, Provider, open_network
 
 if TYPE_CHECKING:
     from onnxcar.data import Dataset
@@ -24,8 +26,14 @@ BATCH_BYTES = 48 << 20  # of inputs and large activations in one run: beyond tha
 SHARE = 4  # of free memory, by default one part in so many is used
 
 
-def free_bytes() -> int:
-    """Memory that can be used without swapping, bytes; 4 GiB where the system does not say."""
+def free_bytes(where: Provider | None = None) -> int:
+    """Memory that can be used without swapping, bytes; 4 GiB where the system does not say.
+
+    Args:
+        where: Where networks run: on a GPU no more than is free there, if its driver's tool says so.
+    """
+    if where is not None and where.name != "cpu":
+        return min([free_bytes(), *_gpu_bytes()[:1]])
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
             for line in lines:
@@ -34,6 +42,19 @@ def free_bytes() -> int:
     except OSError:
         pass
     return 4 << 30
+
+
+def _gpu_bytes() -> list[int]:
+    """Free memory of each GPU, the first one being what ONNX Runtime takes."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    try:
+        command = [tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return [int(line) << 20 for line in said.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
 
 
 def feeds(network: Network, data: Dataset, indices: npt.NDArray[np.int64]) -> dict[str, Array]:

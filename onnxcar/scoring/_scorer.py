@@ -91,13 +91,13 @@ class Scorer:
         self.space = space
         self.data = data
         self.metric = _metric(metric)
-        self._memory = memory_bytes or free_bytes() // SHARE
         self._batch = batch_size
         self._risk = approximate
         few = np.arange(min(4, len(data)), dtype=np.int64)
         sample = data.inputs(few) if len(few) else {}
         tried = sample if all(len(value) > 1 for value in sample.values()) and sample else None
         where = resolve_provider(provider, precision)
+        self._memory = memory_bytes or free_bytes(where) // SHARE
         # A GPU is one worker, and another prepares the next batch meanwhile.
         self._pool = Pool((n_cores() if threads is None else threads) if where.name == "cpu" else 2)
         # Batches run side by side, each on one thread: nobody waits for anybody inside a run.
