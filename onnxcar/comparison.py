@@ -280,6 +280,8 @@ def rows(score: Score) -> dict[str, Row]:
         if score.loss is not None:
             out = score.outcomes
             known = None if out is None else _mean_interval(out.loss)
+            if known is not None and known.low < 0:
+                known = replace(known, low=0.0)  # no loss is
             found["loss"] = Row(score.loss, known)
     if score.metric == "balanced" and score.per_class is not None and score.class_samples is not None:
         found["balanced"] = Row(score.value, _balanced_interval(score.per_class, score.class_samples))

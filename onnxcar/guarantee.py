@@ -104,9 +104,10 @@ def check(metric: str, max_drop: float | None, confidence: float) -> None:
             f"guarantee is {confidence}, and must be a confidence between 0 and 1: 0.95.", field="guarantee"
         )
     if max_drop is None or not 0 < max_drop <= LARGEST:
+        given = "none is given" if max_drop is None else f"the limit is {max_drop:g}"
         raise PlanError(
-            f"A guarantee promises a drop below a limit, and max_drop is {max_drop}. Give a fraction above 0, "
-            f"at most {LARGEST:g}: --max-drop 0.01.",
+            f"A guarantee promises a drop below a limit, and {given}. Give a fraction above 0, at most {LARGEST:g}: "
+            "--max-drop 0.01.",
             field="max_drop",
         )
     if metric not in METRICS:

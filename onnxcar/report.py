@@ -286,7 +286,7 @@ def recovery_tables(result: Json) -> list[Table]:
         if result[f"{prefix}final"] is not None:
             values = [value(result[f"{prefix}{name}"]["value"]) for name in ("base", "pruned", "final")]
             scores.add_row(f"{result['metric']} on {where}", *values)
-    return [layers, scores] if scores.row_count else [layers]
+    return [table for table in (layers, scores) if table.row_count]
 
 
 def sensitivity_table(result: Json) -> Table:

@@ -13,6 +13,7 @@ Filters are chosen on `data`, repairs fitted on it without its labels, and accur
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import statistics
@@ -91,6 +92,13 @@ class Net:
         return self.open("data", limit=self.limit)
 
     @cached_property
+    def unlabelled(self) -> Dataset:
+        """The same for criteria that need no labels: nothing is scored while they choose."""
+        found = copy.copy(self.data)
+        found.has_labels = False
+        return found
+
+    @cached_property
     def calibration(self) -> Dataset:
         """What repairs are fitted on."""
         return self.open("calibration_data" if self.flags.get("calibration_data") else "data", limit=self.limit)
@@ -125,7 +133,8 @@ class Net:
         options: dict[str, Any] = {"criterion": criterion, "seed": seed, "verify": False, "threads": self.threads}
         if criterion in SLOW:
             options |= {"per_step": self.per_step}
-        data = self.data if CRITERIA[criterion].needs_data else None
+        row = CRITERIA[criterion]
+        data = self.data if row.needs_labels else self.unlabelled if row.needs_data else None
         if node:
             with self.journal(criterion, node, max(ratios)) as log:
                 run = car.prune(

@@ -164,3 +164,53 @@ def test_calibration_data_that_nobody_looks_at_are_refused(tmp_path: Path) -> No
         result = run("prune", model, *options, "-o", str(tmp_path / "x.onnx"))
         assert result.exit_code == 2
         assert "--calibration-data is about recovery" in result.stderr
+
+
+def test_a_run_that_fails_before_it_chose_leaves_no_journal(tmp_path: Path) -> None:
+    model, data = str(DIGITS / "model.onnx"), str(DIGITS / "select.npz")
+    options = [
+        "--data",
+        data,
+        "--channels",
+        "gray",
+        "--criterion",
+        "reconstruction",
+        "--ratio",
+        "0.5",
+        "--threads",
+        "1",
+    ]
+    result = run("prune", model, *options, "--memory", "4MiB", "-o", str(tmp_path / "x.onnx"))
+    assert result.exit_code == 1
+    assert "Give --memory 6MiB or more" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_were_dropped_cannot_be_recovered(tmp_path: Path) -> None:
+    model, data = str(DIGITS / "model.onnx"), str(DIGITS / "select.npz")
+    options = ["--data", data, "--channels", "gray", "--threads", "1"]
+    more = ["--criterion", "l1", "--ratio", "0.5", "--classes", "1,2", "--drop-outputs", "-o", str(tmp_path / "x.onnx")]
+    assert run("prune", model, *options, *more).exit_code == 0
+    result = run("recover", str(tmp_path / "x.onnx"), "--like", model, *options, "-o", str(tmp_path / "y.onnx"))
+    assert result.exit_code == 1
+    assert "output rows for 2 classes only" in result.stderr
+
+
+def test_nothing_to_recover_shows_no_empty_table(tmp_path: Path) -> None:
+    model, data = str(DIGITS / "model.onnx"), str(DIGITS / "select.npz")
+    options = ["--data", data, "--channels", "gray", "--threads", "1", "-o", str(tmp_path / "y.onnx")]
+    result = run("recover", model, "--like", model, *options)
+    assert result.exit_code == 0
+    assert "nothing to make up for" in result.stderr
+    assert "refitted" not in result.stdout
+    assert "layers changed" not in result.stderr
+
+
+def test_without_labels_what_needs_none_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8), np.uint8))
+    model, data = str(DIGITS / "model.onnx"), ["--data", str(tmp_path / "x.npz"), "--channels", "gray"]
+    result = run("prune", model, *data, "--ratio", "0.5", "-o", str(tmp_path / "y.onnx"))
+    assert result.exit_code == 1
+    assert "choose without labels: --criterion reconstruction" in result.stderr
+    result = run("score", model, *data, "--criterion", "variance", "--layers", "conv1", "--threads", "1")
+    assert result.exit_code == 0, result.output

@@ -39,6 +39,7 @@ from onnxcar.cli.work import (
 
 if TYPE_CHECKING:
     from onnxcar.data import Dataset
+    from onnxcar.model import Model
     from onnxcar.search import Run
 
 _WHAT, _STOP, _OUT = "What to remove", "When to stop (several: the first that bites; none: --max-drop 0.01)", "Output"
@@ -371,7 +372,7 @@ def _arguments(params: dict[str, Any]) -> dict[str, Any]:
 
     model = load(params["model"])
     provider = open_provider(params)
-    data = None if params["data"] is None else (open_data if _scores(params) else open_unscored)(params, model)
+    data = None if params["data"] is None else (_open_scored if _scores(params) else open_unscored)(params, model)
     fitted = params["calibration_data"]
     calibration = None if fitted is None else open_data(params, model, fitted, labelled=False)
     test = None if params["test_data"] is None else open_data(params, model, params["test_data"])
@@ -386,6 +387,24 @@ def _arguments(params: dict[str, Any]) -> dict[str, Any]:
         "memory_bytes": params["memory"],
         **{name: params[name] for name in _SAME},
     }
+
+
+def _open_scored(params: dict[str, Any], model: Model) -> Dataset:
+    """The data set of ``--data`` with its labels; where there are none, what needs none is named."""
+    from onnxcar.errors import DataError
+
+    try:
+        return open_data(params, model)
+    except DataError as exc:
+        if params["classes"] is not None or params["guarantee"] is not None or params["max_drop"] is not None:
+            raise
+        try:
+            open_data(params, model, labelled=False)
+        except DataError:
+            raise exc from None
+        raise DataError(
+            f"{exc} Or choose without labels: --criterion reconstruction with --ratio, --steps or a target."
+        ) from exc
 
 
 def _scores(params: dict[str, Any]) -> bool:

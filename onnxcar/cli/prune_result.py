@@ -18,7 +18,7 @@ from onnxcar.progress import duration
 if TYPE_CHECKING:
     from onnxcar.search import Run
 
-__all__ = ["Paths", "advise", "quoted", "show", "write_classes", "write_plan", "write_run"]
+__all__ = ["WHY_STOPPED", "Paths", "advise", "quoted", "show", "write_classes", "write_plan", "write_run"]
 
 # Flags that the suggested `compare` repeats where they were typed; those of a config are found again.
 _REPEAT = (
@@ -131,7 +131,7 @@ def show(run: Run, record: dict[str, Any]) -> None:
     terminal().data(*report.prune_tables(record, layers))
 
 
-_WHY_STOPPED = {
+WHY_STOPPED = {
     "ratio": "the ratio is reached",
     "max_drop": "the next step would cost more than --max-drop",
     "target_macs": "--target-macs is reached",
@@ -149,7 +149,7 @@ def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None
     """Where things are, what to doubt, what to do next."""
     here = terminal()
     n_steps = len({step["step"] for step in record["steps"]})
-    why = _WHY_STOPPED.get(record["stopped"], record["stopped"])
+    why = WHY_STOPPED.get(record["stopped"], record["stopped"])
     here.note(f"{n_steps} steps in {duration(record['seconds'])} on {record['provider']}; stopped: {why}.")
     if record["precision_check"] is not None:
         from onnxcar.scoring import Agreement
@@ -188,23 +188,31 @@ def _say_remaining(record: dict[str, Any]) -> None:
         terminal().note(f"Not looked at for want of time: about {found['evaluations']} candidates{took}.")
 
 
+_BETTER = ", and --recover least-squares does more."
+
+
 def _say_recovery(record: dict[str, Any]) -> None:
     found = record["recovery"]
     if found is None:
         return
     refitted = sum(layer["method"] != "kept" for layer in found["layers"])
-    terminal().note(
-        f"Recovered ({found['method']}) on {found['samples']} samples: {refitted} of {len(found['layers'])} layers "
-        f"changed; distance of the outputs to the original's on held-back samples {found['before']:.3g} -> "
-        f"{found['after']:.3g}."
-    )
+    if found["kept"]:
+        terminal().warn(
+            f"Recovery ({found['method']}) on {found['samples']} samples brought the outputs no nearer to the "
+            f"original's on held-back ones ({found['before']:.3g} of their variance away), so all weights stayed as "
+            "they were. More calibration images may help" + ("." if found["method"] == "least-squares" else _BETTER)
+        )
+    else:
+        terminal().note(
+            f"Recovered ({found['method']}) on {found['samples']} samples: {refitted} of {len(found['layers'])} layers "
+            f"changed; distance of the outputs to the original's on held-back samples {found['before']:.3g} -> "
+            f"{found['after']:.3g}."
+        )
     if record["stopped"] == "max_drop" and not record["arguments"].get("recover_every"):
         terminal().note(
             "The search stopped at --max-drop of the network without recovery. --recover-every 16 lets it see the "
             "recovered one and go further."
         )
-    if found["kept"]:
-        terminal().warn("Recovery made the whole no better on held-back samples, so the weights stayed as they were.")
 
 
 def _say_latency(record: dict[str, Any]) -> None:
@@ -219,10 +227,13 @@ def _say_latency(record: dict[str, Any]) -> None:
     if found["met"]:
         terminal().note(f"{text}.")
         return
-    terminal().warn(
-        f"{text}: not reached. What was measured may be noise on a busy machine; else allow a larger --max-drop, take "
-        "--scope global, or a lower --target-latency."
-    )
+    further = {
+        "max_drop": "Allow a larger --max-drop, or recover.",
+        "nothing left": f"Nothing else may go: ask for more than {found['measured']:.2f}, let --dense or fewer "
+        "--min-filters add to it, or --multiple-of 1.",
+    }
+    usual = "What was measured may be noise on a busy machine; else ask for a little less."
+    terminal().warn(f"{text}: not reached. {further.get(record['stopped'], usual)}")
 
 
 def _say_promise(record: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onnxcar.cli.border import InterruptedRunError
-from onnxcar.cli.prune_result import Paths, write_classes
+from onnxcar.cli.prune_result import WHY_STOPPED, Paths, write_classes
 from onnxcar.cli.work import check_outputs, json_target, terminal, write_json, write_text
+from onnxcar.errors import OnnxcarError
 
 __all__ = ["searched", "sweep_models"]
 
@@ -20,14 +21,30 @@ def searched(function: Callable[..., T], journal: Path | None, *args: Any, **arg
     from onnxcar.progress import open_meter
 
     here = terminal()
-    if journal is not None and journal.exists():
+    there = journal is not None and journal.exists()
+    if there:
         here.note(f"Going on from {journal}.")
     meter = open_meter(here.err, "pruning", "evaluations", quiet=here.quiet)
     try:
         with meter:
             return function(*args, journal=journal, progress=meter, **arguments)
+    except OnnxcarError:
+        if journal is not None and not there:
+            _forget(journal)
+        raise
     except KeyboardInterrupt as exc:
         raise InterruptedRunError(_how_to_go_on(meter.text, journal)) from exc
+
+
+def _forget(journal: Path) -> None:
+    """Remove the journal of a run that failed before it chose anything: it would only stand in the next one's way."""
+    try:
+        with journal.open(encoding="utf-8") as lines:
+            chose = any('"lowest"' in line for line in lines)
+        if not chose:
+            journal.unlink()
+    except OSError:
+        pass
 
 
 def _how_to_go_on(text: str, journal: Path | None) -> str:
@@ -73,8 +90,8 @@ def sweep_models(params: dict[str, Any], paths: Paths, opened: Callable[[dict[st
     for point in found.points:
         if point.run is None:
             here.warn(
-                f"No model at {point.fraction:g} of the MACs: the search ended before ({found.stopped}). "
-                + ("--scope global reaches further than layer by layer." if params["scope"] == "layer" else "")
+                f"No model at {point.fraction:g} of the MACs: {WHY_STOPPED.get(found.stopped, found.stopped)}."
+                + (" --scope global reaches further than layer by layer." if params["scope"] == "layer" else "")
             )
     if table["test_data"] is None and table["data"] is not None:
         here.note("The scores are optimistic: filters were chosen on the same data. Give --test-data for honest ones.")

@@ -165,10 +165,18 @@ def command(**params: Any) -> None:
 
 def _gone(original: Model, pruned: Model, asked: Mapping[str, Any] | None) -> tuple[ChannelSpace, Plan, str]:
     """Structure of the original, what is gone, and where that is known from; norms may have been rewritten."""
+    from onnxcar.classes import kept_by
     from onnxcar.errors import PlanError
     from onnxcar.recovery import plan_of
     from onnxcar.rules import analyze
 
+    kept = kept_by(pruned)
+    if kept is not None and kept.dropped:
+        raise PlanError(
+            f"{pruned.path} has output rows for {len(kept.outputs)} classes only, so its outputs are not those of the "
+            "original. Recover before rows are dropped: prune --drop-outputs --recover least-squares.",
+            path=pruned.path,
+        )
     space = analyze(original)
     try:
         return space, *plan_of(space, pruned, asked)
@@ -242,11 +250,15 @@ def _show(result: Mapping[str, Any], found: Recovered, scores: Mapping[str, Scor
     here = terminal()
     here.data(*report.recovery_tables(result))
     changed = [f for f in found.layers if f.method != "kept"]
+    if not found.layers:
+        return
     if found.kept:
         here.warn(
-            "No repair brought the outputs nearer to the original's on held-back samples; the weights are as they "
-            "were. More images may help."
+            f"The repair, fitted on {found.samples} samples, brought the outputs no nearer to the original's on "
+            f"{found.held} held-back ones ({found.before:.3g} of their variance away); all weights are as they were. "
+            "More images may help."
         )
+        return
     here.note(
         f"{len(changed)} of {len(found.layers)} layers changed, fitted on {found.samples} samples; squared distance "
         f"of the outputs to the original's on {found.held} held-back ones {found.before:.3g} -> {found.after:.3g} of "

@@ -24,7 +24,7 @@ from onnxcar.cli.options import (
     precision_option,
     runtime_options,
 )
-from onnxcar.cli.prune import DATA_FREE
+from onnxcar.cli.prune import DATA_FREE, LABELLED
 from onnxcar.cli.types import Count
 from onnxcar.cli.work import (
     check_model,
@@ -33,6 +33,7 @@ from onnxcar.cli.work import (
     need_data,
     open_data,
     open_provider,
+    open_unscored,
     read_class_groups,
     terminal,
     write_json,
@@ -143,7 +144,7 @@ def command(
     model = load(params["model"])
     needed = params["criterion"] not in DATA_FREE
     provider = open_provider(params) if needed else None
-    data = open_data(params, model) if needed else None
+    data = (open_data if params["criterion"] in LABELLED else open_unscored)(params, model) if needed else None
     here = terminal()
     started = time.monotonic()
     same = ("criterion", "metric", "layers", "exclude", "norms", "precision", "seed", "threads", "batch_size")

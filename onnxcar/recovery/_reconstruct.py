@@ -183,7 +183,7 @@ class Reconstruction:
                 elif _need(ids) > self._memory:
                     raise PlanError(
                         f"Layer '{layer.node}' has {ids.shape[1]:,} inputs, whose second moments take "
-                        f"{_need(ids) / 2**20:.0f} MiB, and the bound is {self._memory / 2**20:.0f} MiB. Give --memory "
+                        f"{_need(ids) / 2**20:.1f} MiB, and the bound is {self._memory / 2**20:.2g} MiB. Give --memory "
                         f"{_need(ids) // 2**20 + 1}MiB or more, or take another criterion.",
                         layer=layer.node,
                     )

@@ -81,7 +81,7 @@ def deal(data: Dataset, seed: int, size: int, *, whole: bool = False) -> Samples
         parts.append([c for c in found if len(c) == size] if whole else found)
     if not parts[0] or not parts[1]:
         raise DataError(
-            f"'{data.path}' has {len(data)} samples, too few to recover on: some are held back to judge by. Give "
-            f"--calibration-data with at least {2 * size if whole else 2} of them; a few hundred do better."
+            f"'{data.path}' has {len(data)} sample{'s' * (len(data) != 1)}, too few to recover on: some are held back "
+            f"to judge by. Give at least {2 * size if whole else 2} of them; a few hundred do better."
         )
     return Samples(data, (*parts[0], *parts[1]), len(parts[0]), seed)
