@@ -125,9 +125,9 @@ def _offer_bet(asked: Contest, state: State, runner: Runner, bound: float) -> No
     if limit is None or n < FEW:
         return
     before = state.costs[runner.order].astype(np.float64)
-    counting = runner.needs(limit) if runner.hope > limit else n
+    counting = min(n, int(np.searchsorted(runner.risk, limit + 1 - runner.cost)))
     betting = forecast(before, runner.hope - limit, asked.risk)
-    if betting > BARGAIN * min(counting, n):
+    if betting > BARGAIN * counting:
         return
     chances, losses = np.diff(runner.risk), np.diff(runner.toll)
     # An order of its own for each candidate and step, from nothing but who they are: images first as they are stored.

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from images import add_data, open_data
 
 from onnxcar.channels import ChannelSpace
+from onnxcar.importances import importance
 from onnxcar.model import load
 from onnxcar.rules import analyze
 from onnxcar.scoring import Scorer
@@ -73,6 +74,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check", type=int, default=0, help="steps a layer at which the loop scores all candidates")
     parser.add_argument("--batch", type=int, default=250, help="of the loops")
     parser.add_argument("--approximate", type=float, help="a second search at this error probability, step by step")
+    parser.add_argument("--no-exact", action="store_true", help="only that one")
+    parser.add_argument("--jump", default="car", help="criterion that removes filters between timed steps, or car")
     return parser.parse_args()
 
 
@@ -109,8 +112,7 @@ class Layer:
         for stop in stops:
             gone = len(removed) - first
             if stop > gone:
-                left = [g for g in own if g not in removed]
-                removed += [p.group for p in self.scorers["exact"].lowest(removed, left, k=stop - gone)]
+                removed += self.jump([g for g in own if g not in removed], removed, stop - gone)
             for _ in range(length):
                 self.step([g for g in own if g not in removed], removed, done < asked.check)
                 if done in loops:
@@ -120,6 +122,14 @@ class Layer:
                         self.wrong += judge(frozenset(removed), "PyTorch") != self.counted
                 done += 1
 
+    def jump(self, left: list[int], removed: list[int], n: int) -> list[int]:
+        """The n groups that leave untimed."""
+        if self.asked.jump == "car":
+            return [p.group for p in next(iter(self.scorers.values())).lowest(removed, left, k=n)]
+        found = importance(self.space.model, criterion=self.asked.jump)
+        scores = dict(zip(found.groups, found.values, strict=True))
+        return sorted(left, key=lambda group: scores[group])[:n]
+
     def step(self, left: list[int], removed: list[int], check: bool) -> None:
         """One step by every scorer; the exact one's pick is removed."""
         picked = {}
@@ -128,7 +138,7 @@ class Layer:
             picked[name] = scorer.lowest(frozenset(removed), left)[0]
             self.steps[name].append((len(left), clock(self.asked) - start))
             self.rows[name] += scorer.work.rows - rows
-        pick = picked["exact"]
+        pick = next(iter(picked.values()))
         self.differ += any(other.group != pick.group for other in picked.values())
         if check:
             images, labels = self.images
@@ -152,7 +162,9 @@ def main() -> None:
     images, labels = np.concatenate(parts), data.labels
     del parts
     memory = None if asked.memory_gib is None else int(asked.memory_gib * 2**30)
-    scorers = {"exact": Scorer(space, data, provider="cpu", threads=asked.threads, memory_bytes=memory)}
+    scorers = {}
+    if not asked.no_exact:
+        scorers["exact"] = Scorer(space, data, provider="cpu", threads=asked.threads, memory_bytes=memory)
     if asked.approximate:
         close = Scorer(
             space, data, provider="cpu", threads=asked.threads, memory_bytes=memory, approximate=asked.approximate
@@ -161,7 +173,7 @@ def main() -> None:
     removed: list[int] = []
     totals: dict[tuple[str, str], list[float]] = {}
     wrong = differ = 0
-    print(f"{len(data)} images, {scorers['exact'].base().correct} right at first")
+    print(f"{len(data)} images, {next(iter(scorers.values())).base().correct} right at first")
     print(f"{'layer':28s} search     steps candidates  open s  s a step  rows  loop: s a step      ratio to half")
     for index in asked.layers if asked.layers else inner(space):
         own = [g for g in space.layers[index].groups.tolist() if g >= 0]
