@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -130,8 +131,8 @@ def resolve_provider(name: str | Provider = "auto", precision: str | None = None
     if name == "auto":
         if "CUDAExecutionProvider" not in onnx_runtime().get_available_providers():
             return Provider("cpu", _ORT_NAMES["cpu"], "Running on the CPU; no working CUDA was found.")
-        failure = load_failure("cuda")
-        if failure is None:
+        with contextlib.suppress(RuntimeMissingError):
+            _see_it_load("cuda")
             return Provider("cuda", _ORT_NAMES["cuda"], "Running on the GPU (CUDA).")
         lacking = ", ".join(_missing(onnx_runtime(), "cuda"))
         why = f"for CUDA, this machine lacks {lacking}" if lacking else "CUDA does not load"
@@ -143,10 +144,19 @@ def resolve_provider(name: str | Provider = "auto", precision: str | None = None
     if name == "tensorrt":
         # Nothing else turns TF32 off there (github.com/microsoft/onnxruntime/issues/26029).
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    if name == "cpu":
+        onnx_runtime()  # there is nothing to see but that it is installed
+    else:
+        _see_it_load(name)
+    return Provider(name, _ORT_NAMES[name])
+
+
+@functools.cache
+def _see_it_load(name: str) -> None:
+    """Raise what `load_failure` says; what has loaded once is not tried again in this process."""
     failure = load_failure(name)
     if failure is not None:
         raise RuntimeMissingError(failure, provider=name)
-    return Provider(name, _ORT_NAMES[name])
 
 
 def _ort_options(name: str, precision: str) -> dict[str, str]:
@@ -159,6 +169,8 @@ def _ort_options(name: str, precision: str) -> dict[str, str]:
         "use_tf32": "1" if precision == "tf32" else "0",
         # The default times all algorithms for every new number of rows, and may take another one in the next run.
         "cudnn_conv_algo_search": "HEURISTIC",
+        # Each session has memory of its own: no more of it than a run needs, as there are some for each site.
+        "arena_extend_strategy": "kSameAsRequested",
     }
 
 

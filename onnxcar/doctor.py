@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from onnxcar._libraries import DRIVER
-from onnxcar._providers import cuda_libraries, onnx_runtime, resolve_provider
+from onnxcar._providers import cuda_libraries, load_failure, onnx_runtime
 from onnxcar.errors import RuntimeMissingError
 
 __all__ = ["Diagnosis", "ProviderState", "diagnose", "installed_wheels"]
@@ -156,8 +156,7 @@ def _runtime() -> tuple[str | None, Collection[str]]:
 def _state(name: str, ort_name: str, listed: Collection[str]) -> ProviderState:
     """What a session finds: a GPU wheel without its libraries lists CUDA all the same."""
     try:
-        resolve_provider(name)
-        reason = ""
+        reason = load_failure(name) or ""
     except RuntimeMissingError as exc:
         reason = " ".join(str(exc).split())
     return ProviderState(name, ort_name, listed=ort_name in listed, loads=not reason, reason=reason)

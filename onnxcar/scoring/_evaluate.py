@@ -23,6 +23,7 @@ __all__ = ["evaluate", "feeds", "free_bytes", "judge_for", "samples_per_run"]
 
 Array = npt.NDArray[Any]
 BATCH_BYTES = 48 << 20  # of inputs and large activations in one run: beyond that caches gain nothing
+ON_DEVICE = 32  # a GPU takes so many times the bytes and rows in a run
 SHARE = 4  # of free memory, by default one part in so many is used
 
 
@@ -83,7 +84,8 @@ def samples_per_run(network: Network, sample: dict[str, Array], memory_bytes: in
         return max(1, batch_size)
     one = max(1, sum(value[:1].nbytes for value in sample.values()))
     # Activations of a convolutional network take some ten times its input.
-    return int(np.clip(min(BATCH_BYTES, memory_bytes // 4) // (10 * one), 1, 256))
+    scale = 1 if network.session.provider.name == "cpu" else ON_DEVICE
+    return int(np.clip(min(scale * BATCH_BYTES, memory_bytes // 4) // (10 * one), 1, 256 * min(scale, 4)))
 
 
 def evaluate(

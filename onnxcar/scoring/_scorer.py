@@ -17,7 +17,7 @@ from onnxcar.metrics import LOSS_ONE, Metric, Score, Tally, metric
 from onnxcar.model import Model
 from onnxcar.runtime import n_cores, open_network, resolve_provider
 from onnxcar.scoring._bet import risk_of
-from onnxcar.scoring._evaluate import SHARE, feeds, free_bytes, judge_for, samples_per_run
+from onnxcar.scoring._evaluate import ON_DEVICE, SHARE, feeds, free_bytes, judge_for, samples_per_run
 from onnxcar.scoring._lowest import Contest, lowest
 from onnxcar.scoring._open import open_site, whole_site
 from onnxcar.scoring._race import Key, Log, Rank, Runner
@@ -38,7 +38,6 @@ ROW_BYTES = 16 << 20  # of cut values gathered for one run
 COUNTS = ("top1", "top5", "balanced")  # metrics that are counts of samples
 FIRST_ROWS = 64  # rows of a run until it is known how long they take
 MOST_ROWS = 256
-ON_DEVICE = 32  # a GPU takes so many times the bytes and rows in a run
 
 
 @dataclass(frozen=True)

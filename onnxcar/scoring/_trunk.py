@@ -38,6 +38,7 @@ class Trunk:
         sites: Reads -> the site, for every key of the space.
         sizes: Name of a value -> bytes of one image.
         each_bytes: Memory of one image's values.
+        provider: Where it runs.
     """
 
     def __init__(self, space: ChannelSpace, network: Network, values: Sequence[str], read: Sequence[str]) -> None:
@@ -68,6 +69,7 @@ class Trunk:
         inner = network.session
         whole = Model(made, "", space.model.path)
         self._session = session(whole, provider=inner.provider, threads=inner.threads, wide=own_values(network))
+        self.provider = inner.provider
         self._types = {i.name: i.dtype for i in self._session.inputs}
         self._room: dict[str, Array] = {}
         self._held: dict[str, Buffer] = {}

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from onnxcar._judge import Judge
 from onnxcar.executors import Pool
+from onnxcar.scoring._evaluate import ON_DEVICE
 from onnxcar.scoring._lowest import (
     RACING_BYTES,
     TABLES,
@@ -59,8 +60,9 @@ class Wide:
             rows: Rows of a run of the suffix from the bytes that each takes.
         """
         self.trunk, self.judge, self.work = trunk, judge, work
-        # All values of a run are there twice before they are stored.
-        self._inputs, self._step, self._pool = inputs, int(np.clip(RUN_BYTES // trunk.each_bytes, 1, step)), pool
+        # All values of a run are there twice before they are stored; on a GPU they are written where they stay.
+        most = RUN_BYTES * (1 if trunk.provider.name == "cpu" else ON_DEVICE)
+        self._inputs, self._step, self._pool = inputs, int(np.clip(most // trunk.each_bytes, 1, step)), pool
         self.n = len(judge.targets)
         self._budget = budget
         tables = min(budget // TABLES, RACING_BYTES * self.n * len(trunk.space.groups))
