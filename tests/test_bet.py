@@ -7,7 +7,7 @@ import pytest
 
 from onnxcar.scoring import Scorer, _lowest
 from onnxcar.scoring._bet import Bet, draw, forecast, risk_of, weights
-from onnxcar.scoring._race import Rank
+from onnxcar.scoring._race import Log, Rank, Runner
 from tests.test_scoring import opened, plain_net, residual_net
 
 
@@ -129,3 +129,26 @@ def test_picks_that_may_err_are_nearly_always_the_exact_ones_for_less_work(build
         rows += [exact.work.rows, close.work.rows]
     assert wrong <= 1
     assert (rows > 0).all()
+
+
+def test_a_bet_that_does_not_come_off_is_given_up_and_the_rest_is_counted():
+    rng = np.random.default_rng(0)
+    before = (np.arange(1_000) < 300).astype(np.int64)
+    each = weights(before.astype(float), np.where(before > 0, 0.95, 0.05))
+    order = draw(each, rng)
+    bet = Bet(before[order], each[order], 0, 300, 1e-3, 100.0)
+    bet.see(before[order[:150]])
+    assert not bet.hopeless  # not yet
+    bet.see(before[order[150:250]])
+    assert bet.hopeless  # the claim is true
+    chances = rng.random(1_000)
+    runner = Runner(0, None, order, 0, Rank(), Log.empty(1_000), bet=bet)
+    runner.line_up(order, chances, 2 * chances)
+    runner.at = runner.counted = 250
+    runner.fold()
+    assert runner.bet is None
+    assert sorted(runner.order.tolist()) == list(range(1_000))
+    np.testing.assert_array_equal(runner.order[:250], order[:250])
+    assert (np.diff(np.diff(runner.risk)[250:]) <= 1e-9).all()
+    assert runner.risk[-1] == pytest.approx(chances.sum())
+    assert runner.toll[-1] == pytest.approx(2 * chances.sum())

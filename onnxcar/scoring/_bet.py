@@ -143,3 +143,9 @@ class Bet:
         if self._seen > 0:
             half = 0.5 * self._seen * min(1.0, (self._goal - capital) / max(capital, 0.1 * self._goal))
         return max(8, int(half))
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether the capital grows so much slower than was expected that counting is the better way."""
+        capital = float(np.logaddexp.reduce(self._capitals, axis=0)[0])
+        return not self.sure and self._seen > 2.0 * self._expected and capital < 0.5 * self._goal

@@ -18,6 +18,7 @@ from onnxcar.scoring._state import State
 __all__ = ["Contest", "compete", "few_at_a_time", "guess", "lowest", "order_images", "remember", "start"]
 
 FEW = 200  # images from which a bet can be worth it
+UNKNOWN = 0.01  # errors, a part of all images, that a candidate that was never run may cost more than the best
 BARGAIN = 0.7  # it must be expected to take so much less than counting
 TABLES = 4  # one part in so many of the budget is for what is known of candidates, image by image
 RACING_BYTES, KEPT_BYTES = 48, 26  # of these tables for each candidate and image, while it runs and from step to step
@@ -126,7 +127,10 @@ def _offer_bet(asked: Contest, state: State, runner: Runner, bound: float) -> No
         return
     before = state.costs[runner.order].astype(np.float64)
     counting = min(n, int(np.searchsorted(runner.risk, limit + 1 - runner.cost)))
-    betting = forecast(before, runner.hope - limit, asked.risk)
+    gap = runner.hope - limit
+    if runner.group not in state.shifts:  # nothing is known of it yet but the size of its channels
+        gap = max(gap, UNKNOWN * n * asked.typical)
+    betting = forecast(before, gap, asked.risk)
     if betting > BARGAIN * counting:
         return
     chances, losses = np.diff(runner.risk), np.diff(runner.toll)

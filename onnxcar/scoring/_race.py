@@ -181,6 +181,16 @@ class Runner:
         self.risk = np.concatenate([[0.0], np.cumsum(chances)])
         self.toll = np.concatenate([[0.0], np.cumsum(losses)])
 
+    def fold(self) -> None:
+        """Give up the bet: what is left is run in the order of its risk."""
+        self.bet = None
+        chances, losses = np.diff(self.risk), np.diff(self.toll)
+        later = self.at + np.argsort(-chances[self.at :], kind="stable")
+        way = np.concatenate([np.arange(self.at), later])
+        self.order = self.order[way]
+        self.risk = np.concatenate([[0.0], np.cumsum(chances[way])])
+        self.toll = np.concatenate([[0.0], np.cumsum(losses[way])])
+
     @property
     def dread(self) -> float:
         """What its loss is expected to be once all images of `order` are counted."""
@@ -307,6 +317,8 @@ class Race:
                 heapq.heappop(heap)
                 continue
             limit = runner.rank.reaches(bound)
+            if runner.bet is not None and runner.bet.hopeless:
+                runner.fold()
             if batch and runner.expected > limit and runner.bet is None:
                 break  # it may well be out once the lower ones are done
             heapq.heappop(heap)
