@@ -312,6 +312,10 @@ class ChannelSpace:
         """MACs that go when `group` is removed from the network without `removed`."""
         return round(self._ledger(removed).saved_macs(group))
 
+    def saved_by_term(self, group: int, removed: Collection[int] = ()) -> dict[int, float]:
+        """`saved_macs` by position among `terms`."""
+        return self._ledger(removed).saved_by_term(group)
+
     def saved_params(self, group: int, removed: Collection[int] = ()) -> int:
         """Weight elements that go when `group` is removed from the network without `removed`."""
         return self._ledger(removed).saved_params(group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +15,20 @@ from onnxcar.scoring import Score, Scorer
 __all__ = ["CarChooser", "RankChooser", "chooser"]
 
 
-def chooser(space: ChannelSpace, criterion: Criterion, context: Context, scope: str) -> Chooser:
+Saved = Callable[[Sequence[int], frozenset[int]], Mapping[int, int]]  # (candidates, removed) -> what each would save
+
+
+def chooser(
+    space: ChannelSpace, criterion: Criterion, context: Context, scope: str, saved: Saved | None = None
+) -> Chooser:
     """Who ranks and scores for a criterion: elimination for CAR, else the criterion's own numbers.
 
-    At global scope scores lost are taken per MAC saved, all other importances in units of their layer's norm.
+    At global scope scores lost are taken per MAC saved, or per what `saved` counts instead; all other importances in
+    units of their layer's norm.
     """
     if criterion.name == "car" and context.scorer is not None:
-        return CarChooser(context.scorer, per_mac=scope == "global")
-    return RankChooser(space, criterion, context, scope)
+        return CarChooser(context.scorer, per_mac=scope == "global", saved=saved)
+    return RankChooser(space, criterion, context, scope, saved)
 
 
 class _Marks:
@@ -47,15 +53,16 @@ class _Marks:
 class CarChooser:
     """Exact CAR: a candidate is out as soon as it has lost more than the best one loses at the end."""
 
-    def __init__(self, scorer: Scorer, *, per_mac: bool = False) -> None:
-        self._scorer, self._per_mac = scorer, per_mac
+    def __init__(self, scorer: Scorer, *, per_mac: bool = False, saved: Saved | None = None) -> None:
+        self._scorer, self._per_mac, self._saved = scorer, per_mac, saved if per_mac else None
         scorer.all_sites = per_mac
         self._marks = _Marks(scorer)
 
     def lowest(self, removed: frozenset[int], candidates: Sequence[int], k: int) -> list[Choice]:
         """The k candidates of lowest CAR (per MAC saved, if so asked), each with the score without it."""
         base = self._scorer.base(removed)
-        picks = self._scorer.lowest(removed, candidates, k=k, per_mac=self._per_mac)
+        saved = None if self._saved is None else self._saved(candidates, removed)
+        picks = self._scorer.lowest(removed, candidates, k=k, per_mac=self._per_mac, saved=saved)
         return [Choice(pick.group, base.reduction(pick.score), self._marks.of(pick.score)) for pick in picks]
 
     def mark(self, removed: frozenset[int]) -> Mark | None:
@@ -74,8 +81,11 @@ class CarChooser:
 class RankChooser:
     """The ranking of a criterion: of the original network once, or, where the criterion is greedy, anew every step."""
 
-    def __init__(self, space: ChannelSpace, criterion: Criterion, context: Context, scope: str) -> None:
+    def __init__(
+        self, space: ChannelSpace, criterion: Criterion, context: Context, scope: str, saved: Saved | None = None
+    ) -> None:
         self._space, self._criterion, self._context, self._scope = space, criterion, context, scope
+        self._saved = saved
         self._marks = _Marks(context.scorer)
         self._table: Importances | None = None
 
@@ -113,7 +123,11 @@ class RankChooser:
     def _keys(self, importances: Importances, removed: frozenset[int], candidates: Sequence[int]) -> Importances:
         """What is compared: importances, at global scope made comparable over layers."""
         if self._scope == "global" and self._criterion.greedy:
-            saved = np.asarray([self._space.saved_macs(group, removed) for group in candidates], np.float64)
+            if self._saved is not None:
+                worth = self._saved(candidates, removed)
+            else:
+                worth = {group: self._space.saved_macs(group, removed) for group in candidates}
+            saved = np.asarray([worth[group] for group in candidates], np.float64)
             return per_mac(importances[list(candidates)], saved)
         if self._scope == "global":
             importances = per_layer_unit(self._space, importances)

@@ -71,6 +71,18 @@ class Table:
             )
         )
 
+    def prices(self, macs: Floats) -> Floats:
+        """Seconds that a MAC of each term costs, from its MACs now down to the narrowest that was timed, (n_terms,).
+
+        Over that whole stretch, as single steps mostly show which counts suit the processor.
+        """
+        found = np.zeros(len(macs))
+        for i, (m, points) in enumerate(zip(macs.tolist(), self.layers, strict=True)):
+            if points and m > points[0][0]:
+                sizes, seconds = np.asarray(points, np.float64).T
+                found[i] = max(0.0, float(np.interp(m, sizes, seconds)) - points[0][1]) / (m - points[0][0])
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """As in the journal and the record."""
         return {
@@ -137,6 +149,14 @@ class Pace:
         """Predicted latency without the groups `removed`, over the original's."""
         whole = self.table.seconds(self.space.term_macs(()))
         return self.table.seconds(self.space.term_macs(removed)) / whole
+
+    def saved(self, candidates: Sequence[int], removed: Collection[int]) -> dict[int, int]:
+        """Candidate -> picoseconds that its removal is expected to save in the network without `removed`."""
+        prices = self.table.prices(self.space.term_macs(removed))
+        return {
+            group: max(1, round(1e12 * sum(m * prices[i] for i, m in self.space.saved_by_term(group, removed).items())))
+            for group in candidates
+        }
 
     def check(self, removed: Collection[int]) -> float:
         """Measured latency without the groups `removed`, over the original's, runs interleaved."""

@@ -85,12 +85,16 @@ class Ledger:
 
     def saved_macs(self, group: int) -> float:
         """MACs that go when `group` leaves now."""
+        return sum(self.saved_by_term(group).values(), 0.0)
+
+    def saved_by_term(self, group: int) -> dict[int, float]:
+        """The same, by position among `ChannelSpace.terms`; terms that save nothing are left out."""
         if group in self.removed:
-            return 0.0
-        saved = 0.0
+            return {}
+        saved = {}
         for i, (a, b) in self._terms[group].items():
             ins, outs = self._ins[i], self._outs[i]
-            saved += self._scales[i] * float((ins * outs - (ins - a) * (outs - b)).sum())
+            saved[i] = self._scales[i] * float((ins * outs - (ins - a) * (outs - b)).sum())
         return saved
 
     def saved_params(self, group: int) -> int:

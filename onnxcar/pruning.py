@@ -234,7 +234,7 @@ class Pruning:
             return walk(
                 self.space,
                 fields(self.space, selected, self.exclude, self.scope),
-                chooser(self.space, self.criterion, context, self.scope),
+                chooser(self.space, self.criterion, context, self.scope, None if clock is None else clock.saved),
                 stop=self.stop,
                 keep=self.keep,
                 whole=whole_layers(self.space, selected, self.exclude) if self.scope == "layer" else (),

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from onnxcar import latency_table
+from onnxcar.choosers import chooser
+from onnxcar.criteria import Context, Criterion
 from onnxcar.errors import PlanError
 from onnxcar.greedy import CHECKS, walk
 from onnxcar.journal import Journal
@@ -178,3 +180,31 @@ def test_a_target_out_of_range_is_refused():
     with pytest.raises(PlanError, match="target_latency"):
         Stop(target_latency=1.0)
     assert Stop(target_latency=0.5).budget
+
+
+def test_prices_are_of_the_way_down_to_the_narrowest():
+    layers = [[(100.0, 3.0), (50.0, 2.9), (10.0, 1.0)], [(10.0, 0.5)], []]
+    table = Table.of(layers, [(np.asarray([100.0, 10, 7]), 6.0)])
+    assert table.prices(np.asarray([100.0, 10, 7])) == pytest.approx([2 / 90, 0, 0])
+    assert table.prices(np.asarray([50.0, 5, 7])) == pytest.approx([1.9 / 40, 0, 0])
+    assert table.prices(np.asarray([10.0, 5, 7])) == pytest.approx([0, 0, 0])
+
+
+def test_a_global_search_for_a_latency_takes_from_layers_that_take_the_time(space):
+    macs = space.term_macs(())
+    slow = Table.of([[(m, s), (m / 8, s / 8)] for m, s in zip(macs, (1e-3, 1e-5, 1e-6), strict=True)], [(macs, 2e-3)])
+    pace = Pace(space, slow, None, "cpu", 1)
+    saved = pace.saved(range(64), frozenset())
+    for group in (0, 40):
+        gone = space.term_macs(()) - space.term_macs([group])
+        assert saved[group] == round(1e12 * float((gone * slow.prices(macs)).sum()))
+    same = Criterion("same", lambda space, context: np.ones(len(space.groups)), greedy=True)
+    by_macs = chooser(space, same, Context(), "global")
+    by_time = chooser(space, same, Context(), "global", pace.saved)
+    second = {g.id for g in space.groups if g.layer == 1}
+    assert by_macs.lowest(frozenset(), range(64), 1)[0].group not in second  # both Convs shrink with the first
+    picks = [by_time.lowest(frozenset(), range(64), 1)[0].group]
+    assert picks[0] not in second
+    fast = Table.of([[(m, s), (m / 8, s / 8)] for m, s in zip(macs, (1e-9, 1e-9, 1e-3), strict=True)], [(macs, 2e-3)])
+    by_head = chooser(space, same, Context(), "global", Pace(space, fast, None, "cpu", 1).saved)
+    assert by_head.lowest(frozenset(), range(64), 1)[0].group in second  # the head alone reads them

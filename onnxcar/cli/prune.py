@@ -102,7 +102,8 @@ def _fractions(ctx: click.Context, param: click.Parameter, value: tuple[float, .
     section=_WHAT,
     type=click.Choice(("layer", "global")),
     default="layer",
-    help="layer: one after the other, in graph order; global: all compete, by score lost per MAC.  [default: layer]",
+    help="layer: one after the other, in graph order; global: all compete, by score lost per MAC (with "
+    "--target-latency: per time saved).  [default: layer]",
 )
 @option(
     "--layers", section=_WHAT, multiple=True, metavar="GLOB", help="Only these, by node or weight name; repeatable."
