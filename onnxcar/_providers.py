@@ -238,7 +238,8 @@ def _probe(ort: Any, wanted: str) -> str | None:
                 return None
         except Exception as exc:
             reason = str(exc)
-    return _sentence(reason or log())
+        reason = reason or log()
+    return _sentence(reason)
 
 
 def _sentence(text: str) -> str:

@@ -97,4 +97,5 @@ def test_the_probe_runs_a_network_and_keeps_the_log_off_the_terminal(capfd):
     assert _providers._sentence(heard) == "CUDA failure 35: driver too old."
     assert _providers._sentence("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : no Conv") == "no Conv."
     assert _providers._sentence("") == "no reason given."
+    assert _providers._probe(onnxruntime, "NoSuchExecutionProvider") not in (None, "")
     assert capfd.readouterr().err == ""
