@@ -80,10 +80,28 @@ def test_what_the_provider_does_not_have_is_refused(net, precision, said):
         prune(*net, stop=Stop(steps=1), precision=precision, provider="cpu")
 
 
-@pytest.mark.parametrize("where", ["cpu", HELD])
+@pytest.mark.gpu
+def test_tf32_is_something_else_and_near(net):
+    try:
+        where = runtime.resolve_provider("cuda")
+    except RuntimeMissingError as exc:
+        pytest.skip(f"no GPU: {exc}")
+    model, samples = net
+    x = samples.inputs(np.arange(64))[""]
+    single, rounded = (runtime.session(model, provider=runtime.resolve_provider(where, p)) for p in ("fp32", "tf32"))
+    exact = runtime.session(model, provider="cpu").run({"": x})[0]
+    scale = np.abs(exact).max()
+    assert np.abs(single.run({"": x})[0] - exact).max() < 1e-5 * scale
+    assert np.abs(rounded.run({"": x})[0] - exact).max() < 1e-2 * scale
+    assert check_precision(model, samples, "tf32", provider="cuda").top1 > 0.98
+
+
+@pytest.mark.parametrize("where", ["cpu", HELD, pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("build", [plain_net, residual_net])
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_candidates_are_scored_in_half_precision(build, where, everywhere, make_model):
+    if where == "cuda" and _providers.load_failure("cuda") is not None:
+        pytest.skip("no GPU")
     scorer, _ = opened(build, make_model, provider=where, precision="fp16")
     exact, _ = opened(build, make_model)
     scorer.all_sites = exact.all_sites = everywhere
@@ -98,7 +116,7 @@ def test_candidates_are_scored_in_half_precision(build, where, everywhere, make_
     assert all(state.site.by_row for state in sites)
     kinds = {value.dtype for state in sites for value in state.block.values.values()}
     assert kinds == {np.dtype(np.float16)}
-    if where is HELD:
+    if where != "cpu":
         assert all(isinstance(value, Buffer) for state in sites for value in state.block.values.values())
         assert sites[0].verdicts is not None
 

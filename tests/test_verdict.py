@@ -59,7 +59,29 @@ def outputs_of(rng, n, classes, dtype, odd, softmax):
     trailing=st.integers(0, 2),
     distance=st.sampled_from([-1.0, 0.0, 1e-3, 0.3]),
 )
-def test_counts_are_the_hosts(cpu_like, seed, metric, classes, dtype, odd, softmax, some, trailing, distance):
+def test_counts_are_the_hosts(cpu_like, **drawn):
+    compare(cpu_like, **drawn)
+
+
+def test_counts_are_the_hosts_on_any_device(like):
+    rng = np.random.default_rng(0)
+    for seed in range(40):
+        compare(
+            like,
+            seed=seed,
+            metric=str(rng.choice(["top1", "top5", "balanced", "loss"])),
+            classes=int(rng.choice([2, 3, 5, 6, 10, 1000])),
+            dtype=[np.float32, np.float16, np.float64][seed % 3],
+            odd=bool(seed % 2),
+            softmax=seed % 5 == 0,
+            some=seed % 7 == 0,
+            trailing=seed % 3,
+            distance=[-1.0, 0.0, 1e-3, 0.3][seed % 4],
+        )
+
+
+def compare(like, *, seed, metric, classes, dtype, odd, softmax, some, trailing, distance):
+    """Results of one set of outputs, by graph and by host."""
     rng = np.random.default_rng(seed)
     n = int(rng.integers(2, 40))
     values = outputs_of(rng, n, classes, dtype, odd, softmax).reshape(n, classes, *(1,) * trailing)
@@ -68,11 +90,11 @@ def test_counts_are_the_hosts(cpu_like, seed, metric, classes, dtype, odd, softm
     few = outputs_of(np.random.default_rng(0), 3, classes, dtype, False, softmax).reshape(3, *values.shape[1:])
     judge = Judge(METRICS[metric], targets, few, softmax=softmax, columns=columns)
     assert judge.probabilities == softmax
-    verdicts = open_verdicts(judge, few, cpu_like)
+    verdicts = open_verdicts(judge, few, like)
     assert verdicts is not None
     images = rng.permutation(n)
     with np.errstate(invalid="ignore", over="ignore"):
-        got, near = verdicts.rows(Buffer.of("cpu", values), images, distance)
+        got, near = verdicts.rows(Buffer.of(like.provider.device, values), images, distance)
         want = judge.rows(values, images)
         doubt = judge.doubtful(values, images, distance) if distance >= 0 else np.zeros(n, bool)
     for name in FIELDS:
