@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import re
 import statistics
 import time
@@ -235,8 +236,11 @@ def value(net: Net, place: str, ratio: float, criterion: str, way: str) -> float
 
 def tables(nets: Sequence[Net], ratios: Sequence[float], names: Sequence[str]) -> str:
     """Markdown: for each network and place a line for each criterion; unrepaired, then repaired."""
-    out = []
+    out = against(nets, ratios, names)
     for net in nets:
+        if not filled(net, ratios, names):
+            out += [f"### {net.name}", "", "Not run.", ""]
+            continue
         out += [f"### {net.name}", "", f"Original {net.base():.2%}; filters chosen on {len(net.data):,} images.", ""]
         out += [f"![accuracy of {net.name} against pruning ratio](img/{picture(net)})", ""]
         for place, node in net.places().items():
@@ -246,6 +250,7 @@ def tables(nets: Sequence[Net], ratios: Sequence[float], names: Sequence[str]) -
                 if any(c is not None for c in cells):
                     rows.append((cells, name))
             if not rows:
+                out += [f"**{place}** (`{node}`): not run." if node else f"**{place}**: not run.", ""]
                 continue
             best = [max((x for c, _ in rows if (x := c[i]) is not None), default=None) for i in range(2 * len(ratios))]
             head = [f"{r:.0%}" for r in ratios] + [f"{r:.0%}, repaired" for r in ratios]
@@ -258,12 +263,61 @@ def tables(nets: Sequence[Net], ratios: Sequence[float], names: Sequence[str]) -
                 ]
                 out.append(f"| {name} | {' | '.join(shown)} |")
             out.append("")
+            if gaps := missing(net, place, ratios, names):
+                out += [f"Not run: {gaps}.", ""]
     return "\n".join(out)
+
+
+def missing(net: Net, place: str, ratios: Sequence[float], names: Sequence[str]) -> str:
+    """What of a place was not run, in words; empty where all was."""
+    out = []
+    for way, said in (("none", ""), ("least-squares", ", repaired")):
+        gaps: dict[tuple[float, ...], list[str]] = {}
+        for name in names:
+            gap = tuple(r for r in ratios if value(net, place, r, name, way) is None)
+            if gap:
+                gaps.setdefault(gap, []).append(name)
+        for gap, found in gaps.items():
+            which = "all criteria" if len(found) == len(names) else ", ".join(found)
+            at = "" if len(gap) == len(ratios) else f" at {', '.join(f'{r:.0%}' for r in gap)}"
+            out.append(f"{which}{at}{said}")
+    return "; ".join(out)
+
+
+def against(nets: Sequence[Net], ratios: Sequence[float], names: Sequence[str]) -> list[str]:
+    """Markdown: CAR and the best of the others wherever both are known and nothing is repaired."""
+    out = ["### CAR against the best other, nothing repaired", ""]
+    out += ["| network | layer | removed | CAR | best other | CAR ahead by | standard error |", "|---" * 7 + "|"]
+    for net in nets:
+        n = len(net.test)
+        for place in net.places():
+            for ratio in ratios:
+                own = value(net, place, ratio, "car", "none")
+                known = [(value(net, place, ratio, name, "none"), name) for name in names if name != "car"]
+                others = [(accuracy, name) for accuracy, name in known if accuracy is not None]
+                if own is None or not others:
+                    continue
+                best, name = max(others)
+                error = math.sqrt((own * (1 - own) + best * (1 - best)) / n)
+                out.append(
+                    f"| {net.name} | {place} | {ratio:.0%} | {100 * own:.1f} | {100 * best:.1f} ({name}) | "
+                    f"{100 * (own - best):+.1f} | {100 * error:.1f} |"
+                )
+    words = (
+        "Points of top-1 on the test images. The best other is that of all criteria after the fact, which nobody could",
+        "have picked; the standard error is that of two unrelated samples, an upper bound for the same images twice.",
+    )
+    return [*out, "", *words, ""]
 
 
 def picture(net: Net) -> str:
     """File name of a plot."""
     return f"accuracy_{net.name.lower().replace(' ', '_')}.png"
+
+
+def filled(net: Net, ratios: Sequence[float], names: Sequence[str]) -> list[str]:
+    """Places with anything to show."""
+    return [p for p in net.places() if any(value(net, p, r, n, "none") is not None for r in ratios for n in names)]
 
 
 def plot(net: Net, ratios: Sequence[float], names: Sequence[str], folder: Path) -> None:
@@ -273,7 +327,7 @@ def plot(net: Net, ratios: Sequence[float], names: Sequence[str], folder: Path) 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    places = [p for p in net.places() if any(value(net, p, ratios[0], n, "none") is not None for n in names)]
+    places = filled(net, ratios, names)
     if not places:
         return
     fig, axes = plt.subplots(1, len(places), figsize=(4 * len(places), 3.6), sharey=True, squeeze=False)
