@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxcar import interpret, pages, record
 from onnxcar.channels import ChannelSpace, Layer
-from onnxcar.errors import DataError, PlanError
+from onnxcar.errors import ConfigError, DataError, PlanError
 from onnxcar.importances import Importances, importance
 from onnxcar.interpret import LayerResponses, Responses
 from onnxcar.model import Model, load
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation", "explain", "read_removed", "read_scores"]
 
+SIMILARITIES = ("responses", "maximised")
 SHOWN = 4  # classes at both ends whose bars a filter shows, where there are many
 BATCH_BYTES = 256 << 20
 Json = dict[str, Any]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,8 @@ def explain(
     car: bool = True,
     metric: str = "top1",
     removed: Mapping[str, Sequence[int]] | None = None,
+    maximise: float | None = None,
+    similarity: str = "responses",
     layers: Sequence[str] = (),
     exclude: Sequence[str] = (),
     seed: int = 0,
@@ -86,6 +91,8 @@ def explain(
         car: Whether to score; False leaves CAR and class-CAR out.
         metric: What CAR is measured in.
         removed: Weight name -> filters that a plan or a pruned model removed, to be shown as such.
+        maximise: Seconds for making an image that excites each filter (activation maximisation); None: none are made.
+        similarity: What clusters and twins are about: `responses` to the images, or to the images made (`maximised`).
         layers: Patterns of node or weight names; default all layers.
         exclude: Patterns of layers to leave out.
         seed: Of everything random.
@@ -98,7 +105,16 @@ def explain(
     Raises:
         DataError: There are no images, or `scores` are of another model.
         PlanError: A pattern matches nothing.
+        ConfigError: `similarity` is unknown, or asks for images that are not made.
+        RuntimeMissingError: `maximise` needs an extra that is not installed.
     """
+    if similarity not in SIMILARITIES or (similarity == "maximised" and maximise is None):
+        raise ConfigError(
+            f"Similarity {similarity!r} cannot be had. Take one of {', '.join(SIMILARITIES)}; the latter needs "
+            "--maximise T (maximise=seconds)."
+        )
+    if maximise is not None:
+        interpret.need_torch()
     if len(data) == 0:
         raise DataError("The data set has no samples. Point --data at a folder, npz or list that has some.")
     space = model if isinstance(model, ChannelSpace) else analyze(model)
@@ -130,7 +146,44 @@ def explain(
         progress=progress,
     )
     known = scores.to_dict(by_class=True, top=SHOWN) if isinstance(scores, Importances) else scores
-    return Explanation(_facts(space, data, found, known, metric, removed or {}), found, data)
+    made = None
+    if maximise is not None:
+        made = _made(space, found, data, maximise, seed, threads, memory_bytes, progress)
+    facts = _facts(space, data, found, known, metric, removed or {}, similarity)
+    return Explanation(facts | {"maximised": made, "similarity": similarity}, found, data)
+
+
+def _made(
+    space: ChannelSpace,
+    found: Responses,
+    data: Dataset,
+    seconds: float,
+    seed: int,
+    threads: int | None,
+    memory_bytes: int | None,
+    progress: Report | None,
+) -> Json:
+    """Make images for the filters, keep them with their layers, and say how many there are and what has none."""
+    images, left = interpret.maximise(
+        space,
+        found,
+        data,
+        seconds=seconds,
+        seed=seed,
+        threads=threads,
+        batch_bytes=min(BATCH_BYTES, memory_bytes or BATCH_BYTES),
+        progress=progress,
+    )
+    for state in found.layers:
+        state.made = images.get(state.layer.index)
+    return {
+        "images": sum(int(one.done.sum()) for one in images.values()),
+        "left": [
+            {"layer": state.layer.node, "reason": left[state.layer.index]}
+            for state in found.layers
+            if state.layer.index in left
+        ],
+    }
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------
@@ -143,6 +196,7 @@ def _facts(
     scores: Mapping[str, Any] | None,
     metric: str,
     removed: Mapping[str, Sequence[int]],
+    similarity: str,
 ) -> Json:
     groups = _by_filter(space, scores)
     names = data.classes
@@ -151,10 +205,11 @@ def _facts(
     filters: list[Json] = []
     for state in found.layers:
         gone = set(removed.get(state.layer.weight, ()))
-        rows = _filters(space, state, groups, gone, classes)
+        alike = _correlation(state, similarity)
+        rows = _filters(space, state, alike, groups, gone, classes)
         for row in rows:
             row["layer"] = len(layers)
-        layers.append(_layer(state, rows))
+        layers.append(_layer(state, alike, rows))
         filters.extend(rows)
     return {
         "model": record.model_entry(space.model.path, space.model.sha256, space.cost(), space.model.n_bytes),
@@ -167,6 +222,14 @@ def _facts(
         "layers": layers,
         "filters": filters,
     }
+
+
+def _correlation(state: LayerResponses, similarity: str) -> Floats:
+    """How alike the filters of a layer are, (filters, filters), NaN where it is not known."""
+    if similarity == "responses":
+        return state.correlation()
+    found = None if state.made is None else state.made.correlation()
+    return np.full((state.layer.filters,) * 2, np.nan) if found is None else found
 
 
 def _class_sets(scores: Mapping[str, Any] | None) -> list[Json] | None:
@@ -189,9 +252,8 @@ def _by_filter(space: ChannelSpace, scores: Mapping[str, Any] | None) -> dict[tu
     return found
 
 
-def _layer(state: LayerResponses, rows: Sequence[Json]) -> Json:
+def _layer(state: LayerResponses, correlation: Floats, rows: Sequence[Json]) -> Json:
     field = state.field
-    correlation = state.correlation()
     alive = [i for i, row in enumerate(rows) if not row["removed"]]
     return {
         "node": state.layer.node,
@@ -210,12 +272,12 @@ def _layer(state: LayerResponses, rows: Sequence[Json]) -> Json:
 def _filters(
     space: ChannelSpace,
     state: LayerResponses,
+    correlation: Floats,
     groups: Mapping[tuple[str, int], Json],
     gone: set[int],
     classes: Sequence[str],
 ) -> list[Json]:
     layer = state.layer
-    correlation = state.correlation()
     cluster, near = interpret.clusters(correlation), interpret.twins(correlation)
     share = interpret.contribution(space, state)
     colour = state.colour_selectivity()
@@ -246,6 +308,7 @@ def _filters(
                 "orientation": None if stripes is None else _number(stripes[0][i]),
                 "coherence": None if stripes is None else _number(stripes[1][i]),
                 "kernel": kernels is not None,
+                "made": None if state.made is None else _number(state.made.responses[i]),
                 "responds": _strongest(state, i, classes),
                 "by_class": _bars(group),
             }

@@ -197,14 +197,19 @@ def test_patches_show_the_images(browser, pages):
 
 
 def test_thousands_of_filters_stay_quick(browser, tmp_path):
-    """5,000 rows: only some are drawn, and the page is ready within the limit of two seconds."""
+    """5,000 filters with patches and class bars: only some are drawn, whatever the order."""
     from onnxcar.pages._html import render
+    from onnxcar.pages._sheets import pack
 
     rng = np.random.default_rng(0)
+    sheet = pack(list(rng.integers(0, 256, (9, 30, 30, 3), np.uint8)), 100_000)
+    patches = [[0, *place] for place in sheet.places]
+    bars = [[f"class {k}", 9, 0.1, -0.1, 0.3, 0.2, k == 0] for k in range(8)]
     rows = [
-        {"l": i % 10, "i": i // 10, "v": float(rng.normal()), "r": 1, "k": i % 50, "c": 0.1, "w": [[0, 0.5]], "h": 0.5}
+        {"l": i % 10, "i": i // 10, "v": float(rng.normal()), "r": 1, "k": i % 50, "c": 0.1, "w": [[0, 0.5]], "h": 0.5,
+         "p": patches, "b": {"p": 0.1, "q": 0.1, "speaks": i % 7 == 0, "entries": bars}}
         for i in range(5000)
-    ]
+    ]  # fmt: skip
     layer = {
         "node": "conv", "before": 500, "after": 500, "dead": 0, "clusters": 50, "twin_distance": 0.5,
         "twin_distance_after": 0.5, "field": None,
@@ -215,13 +220,15 @@ def test_thousands_of_filters_stay_quick(browser, tmp_path):
         "model": {"params": 1, "macs": 1},
         "base": {"value": 0.5, "correct": 1, "samples": 2},
         "reliability": None,
-        "class_sets": None,
+        "class_sets": [{"class": "class 0", "samples": 9}],
         "metric": "top1",
+        "maximised": None,
+        "similarity": "responses",
     }
-    page = {"layers": [["conv", "conv", 500, 500, 50, None]] * 10, "images": [], "sheets": 0}
+    page = {"layers": [["conv", "conv", 500, 500, 50, None]] * 10, "images": ["an image"], "sheets": 1}
     text = render(
         "explanation.html", scripts=("explanation.js",), title="large", facts=facts, n_filters=5000, widest=500,
-        rows=rows, page=page, sheets=[],
+        rows=rows, page=page, sheets=sheet.uris,
     )  # fmt: skip
     path = tmp_path / "large.html"
     path.write_text(text, encoding="utf-8")
@@ -230,8 +237,36 @@ def test_thousands_of_filters_stay_quick(browser, tmp_path):
     choose(browser, "sort", "car-up")
     first = cards(browser)[0]
     assert rows[first]["v"] == min(row["v"] for row in rows)
+    choose(browser, "show", "speaks")
+    assert script(browser, "return document.getElementById('count').textContent") == "715 of 5000 filters"
+    drawn = cards(browser)
+    assert all(i % 7 == 0 for i in drawn)
+    assert 0 < len(drawn) < 100
+    assert script(browser, "return document.querySelectorAll('.card canvas').length") == len(drawn)
     assert quiet(browser)
     assert PATCHES == 9
+
+
+def test_what_is_filtered_out_is_not_printed_and_no_control_is(browser, pages, tmp_path):
+    import base64
+
+    opened(browser, pages["explain"])
+    choose(browser, "show", "dead")
+    shown = cards(browser)
+    print_media = {"media": "print"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", print_media)
+    try:
+        for control in ("tools", "more"):
+            style = script(browser, f"return getComputedStyle(document.getElementById('{control}')).display")
+            assert style == "none", control
+        style = script(browser, "return getComputedStyle(document.querySelector('.card')).breakInside")
+        assert style == "avoid"
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    printed = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
+    assert printed.startswith(b"%PDF")
+    assert cards(browser) == shown
+    assert quiet(browser)
 
 
 def test_a_screenshot_is_a_picture_of_the_page(browser, pages, tmp_path):

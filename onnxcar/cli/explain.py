@@ -19,6 +19,7 @@ from onnxcar.cli.options import (
     option,
     runtime_options,
 )
+from onnxcar.cli.types import TIME
 from onnxcar.cli.work import (
     check_model,
     check_outputs,
@@ -56,6 +57,20 @@ _WHAT = "What to explain"
     help="JSON of an earlier `score --by-class`: saves scoring again.",
 )
 @option("--no-car", section=_WHAT, is_flag=True, help="Leave CAR and class-CAR out: minutes become seconds.")
+@option(
+    "--maximise",
+    section=_WHAT,
+    type=TIME,
+    metavar="T",
+    help="Make an image that excites each filter, too, in that time (10m) at most; needs onnxcar[torch].",
+)
+@option(
+    "--similarity",
+    section=_WHAT,
+    type=click.Choice(["responses", "maximised"]),
+    default="responses",
+    help="Clusters and twins by responses to the images, or to those of --maximise.  [default: responses]",
+)
 @option(
     "-o",
     "--output",
@@ -107,6 +122,8 @@ def command(**params: Any) -> None:
                 car=not params["no_car"],
                 metric=params["metric"],
                 removed=removed,
+                maximise=params["maximise"],
+                similarity=params["similarity"],
                 layers=params["layers"],
                 exclude=params["exclude"],
                 seed=params["seed"],
@@ -124,6 +141,8 @@ def command(**params: Any) -> None:
     write_json(result, params["json"])
     facts = found.to_dict()
     dead = sum(layer["dead"] for layer in facts["layers"])
+    for entry in (facts["maximised"] or {"left": []})["left"]:
+        here.note(f"Not all images made for {entry['layer']}: {entry['reason']}.")
     if params["json"] != "-":
         here.data(f"{page}  {len(facts['filters'])} filters of {len(facts['layers'])} layers, {dead} never respond.")
     here.note(f"{duration(time.monotonic() - started)} on {provider.name}; {page.stat().st_size / 1e6:.1f} MB.")

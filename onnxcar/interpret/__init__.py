@@ -3,6 +3,7 @@
 from onnxcar.interpret._classes import ClassEffects, ClassSets, class_sets, effects, joined
 from onnxcar.interpret._fields import Field, receptive_fields
 from onnxcar.interpret._kernels import image_kernels, kernel_colour, kernel_pictures, orientation
+from onnxcar.interpret._maximise import Made, maximise, need_torch
 from onnxcar.interpret._pictures import Look, look
 from onnxcar.interpret._responses import LayerResponses, Responses, contribution, responses
 from onnxcar.interpret._similar import clusters, redundancy, twin_distance, twins
@@ -13,6 +14,7 @@ __all__ = [
     "Field",
     "LayerResponses",
     "Look",
+    "Made",
     "Responses",
     "class_sets",
     "clusters",
@@ -23,6 +25,8 @@ __all__ = [
     "kernel_colour",
     "kernel_pictures",
     "look",
+    "maximise",
+    "need_torch",
     "orientation",
     "receptive_fields",
     "redundancy",

@@ -18,6 +18,7 @@ from onnxcar import runtime
 from onnxcar.channels import ChannelSpace, Layer
 from onnxcar.interpret._fields import Field, receptive_fields
 from onnxcar.interpret._kernels import image_kernels
+from onnxcar.interpret._maximise import Made
 from onnxcar.interpret._pictures import Look, look
 from onnxcar.interpret._similar import correlation
 from onnxcar.model import Model
@@ -57,6 +58,7 @@ class LayerResponses:
         sums: Sums of pooled responses.
         n: How many pooled values were summed.
         kernels: The filters as pixels (filters, h, w, 3), red first, where they read the image itself; else None.
+        made: Images made to excite the filters, if that was asked and succeeded.
     """
 
     layer: Layer
@@ -76,6 +78,7 @@ class LayerResponses:
     sums: Floats | None = None
     n: int = 0
     kernels: Floats | None = None
+    made: Made | None = None
 
     @property
     def dead(self) -> npt.NDArray[np.bool_]:

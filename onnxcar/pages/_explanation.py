@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["explanation"]
 
 PATCHES = 9
+MADE = 64  # side of an image made for a filter, pixels
 CELL = 44  # side of a patch as it is shown at most, pixels
 BUDGET = 11_000_000  # bytes of pictures; base64 makes them a third larger
 SIDES = ((400, 144), (1200, 112), (3000, 80))  # images up to that number, side of their thumbnails
@@ -73,7 +74,9 @@ def _row(row: Mapping[str, Any], pictures: _Pictures, i: int) -> dict[str, Any]:
         "h": row["colour"],
         "a": row["orientation"] if (row["coherence"] or 0) >= 0.3 else None,
         "b": row["by_class"],
-        "e": row["responds"],
+        "e": [[f"class {name}" if name.isdecimal() else name, value] for name, value in row["responds"]],
+        "z": pictures.made[i],
+        "u": round(row["made"] / row["largest"], 2) if row["made"] is not None and (row["largest"] or 0) > 0 else None,
         "p": pictures.patches[i],
         "q": pictures.kernels[i],
     }
@@ -88,12 +91,26 @@ class _Pictures:
         n = len(facts["filters"])
         self.patches: list[list[list[int]]] = [[] for _ in range(n)]
         self.kernels: list[Place | None] = [None] * n
+        self.made: list[Place | None] = [None] * n
         self.captions: list[str] = []
         self.uris: list[str] = []
         stock: list[Pixels] = []
-        kernels = self._kernels(responses, stock)
+        kernels, made = self._kernels(responses, stock), self._made(responses, stock)
         if responses.look is not None:
-            self._cut(responses, data, stock, kernels)
+            self._cut(responses, data, stock, kernels, made)
+
+    @staticmethod
+    def _made(responses: Responses, stock: list[Pixels]) -> dict[int, int]:
+        """Filter number -> number in the stock of the image made for it."""
+        found: dict[int, int] = {}
+        start = 0
+        for state in responses.layers:
+            if state.made is not None:
+                for i in np.flatnonzero(state.made.done):
+                    found[start + int(i)] = len(stock)
+                    stock.append(shrunk(state.made.pictures[i], MADE))
+            start += state.layer.filters
+        return found
 
     def _kernels(self, responses: Responses, stock: list[Pixels]) -> dict[int, int]:
         """Filter number -> its kernel's number in the stock."""
@@ -108,7 +125,14 @@ class _Pictures:
             start += state.layer.filters
         return found
 
-    def _cut(self, responses: Responses, data: Dataset, stock: list[Pixels], kernels: dict[int, int]) -> None:
+    def _cut(
+        self,
+        responses: Responses,
+        data: Dataset,
+        stock: list[Pixels],
+        kernels: dict[int, int],
+        made: dict[int, int],
+    ) -> None:
         assert responses.look is not None
         used = sorted({int(i) for state in responses.layers for i in np.unique(state.top_images[:PATCHES])})
         number = {image: k for k, image in enumerate(used)}
@@ -143,6 +167,8 @@ class _Pictures:
         self.captions = [_caption(data, image) for image in used]
         for i, at in kernels.items():
             self.kernels[i] = sheets.places[at]
+        for i, at in made.items():
+            self.made[i] = sheets.places[at]
         found: dict[int, list[tuple[int, list[int]]]] = {}
         for i, k, image, at in own:
             found.setdefault(i, []).append((k, [number[image], *sheets.places[at]]))

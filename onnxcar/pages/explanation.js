@@ -3,13 +3,14 @@
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const page = read("page"), rows = read("rows");
   const $ = (id) => document.getElementById(id);
-  const STEP = 48, PRINTED = 600, CELL = 44, GAP = 4, COLOURED = 0.5, ALIKE = 0.7;
+  const STEP = 24, PRINTED = 600, CELL = 44, MADE = 64, GAP = 4, AHEAD = 800, COLOURED = 0.5, ALIKE = 0.7;
 
   // --- pictures: a sheet is decoded when the first card that needs it comes into view ---
   const sheets = [];
   const sheet = (i) => sheets[i] || (sheets[i] = new Promise((done) => {
     const image = new Image();
-    image.onload = () => done(image);
+    // As a bitmap it is decoded once, not anew for every picture drawn from it.
+    image.onload = () => createImageBitmap(image).then(done, () => done(image));
     image.onerror = () => done(null);
     image.src = $("sheet-" + i).textContent;
   }));
@@ -21,6 +22,12 @@
     context.imageSmoothingEnabled = scale < 2.5;
     const w = width * scale, h = height * scale;
     context.drawImage(image, left, top, width, height, x + (side - w) / 2, y + (side - h) / 2, w, h);
+  };
+  // All pictures of a canvas. Read and put back, they are pixels: what is drawn is printed as whole sheets, for minutes.
+  const paint = async (context, places) => {
+    await Promise.all(places.map((place) => draw(context, ...place)));
+    const { width, height } = context.canvas;
+    context.putImageData(context.getImageData(0, 0, width, height), 0, 0);
   };
 
   // --- small helpers; text is only ever set as text ---
@@ -44,7 +51,7 @@
     const ratio = Math.max(1, Math.min(2, window.devicePixelRatio || 1));
     const element = make("canvas", { width: side * ratio, height: side * ratio, role: "img", "aria-label": label });
     element.style.width = element.style.height = side + "px";
-    const context = element.getContext("2d");
+    const context = element.getContext("2d", { willReadFrequently: true });
     context.scale(ratio, ratio);
     return [element, context];
   };
@@ -67,7 +74,7 @@
       shape("text", { x: 180, y: 9, class: "soft" }, "class-CAR"));
     found.entries.forEach(([label, n, value, a, b, rise, named], i) => {
       const y = top + i * height, middle = y + height / 2;
-      const text = shape("text", { x: 0, y: y + 12, class: found.speaks && named ? "named" : "soft" }, short(label, 12));
+      const text = shape("text", { x: 0, y: y + 12, class: found.speaks && named ? "named" : "soft" }, short(label, 11));
       if (found.speaks && named) text.setAttribute("font-weight", "650");
       text.append(shape("title", {}, `${label}, ${n} images: loss ${signed(rise || 0, 3)}, class-CAR ${signed(value, 3)} [${signed(a, 3)}, ${signed(b, 3)}]`));
       const bar = (x, length, negative) => shape("rect", { class: negative ? "minus" : "plus", x: negative ? x - length : x, y: y + 4, width: Math.max(length, 0.6), height: height - 8, rx: 1 });
@@ -96,7 +103,7 @@
       const names = row.p.map(([image]) => page.images[image]);
       const [grid, context] = canvas(side, "Strongest patches: " + names.join(", "));
       grid.title = names.join("\n");
-      row.p.forEach(([, ...place], k) => draw(context, place, (k % 3) * (CELL + GAP), Math.floor(k / 3) * (CELL + GAP), CELL));
+      paint(context, row.p.map(([, ...place], k) => [place, (k % 3) * (CELL + GAP), Math.floor(k / 3) * (CELL + GAP), CELL]));
       pictures.append(grid);
     } else {
       pictures.append(make("div", { class: "silent" }, row.d ? "the same response everywhere" : "no pictures"));
@@ -104,12 +111,18 @@
     const aside = make("div", { class: "side" });
     if (row.q) {
       const [kernel, context] = canvas(64, "Kernel");
-      draw(context, row.q, 0, 0, 64);
+      paint(context, [[row.q, 0, 0, 64]]);
       aside.append(kernel, make("span", {}, "kernel"));
     }
+    if (row.z) {
+      const [image, context] = canvas(MADE, "Image made to excite the filter");
+      paint(context, [[row.z, 0, 0, MADE]]);
+      const times = row.u === undefined ? "made" : `made: ${fixed(row.u, 1)}×`;
+      aside.append(image, make("span", { title: "response to it, as a multiple of the largest response to an image" }, times));
+    }
     if (row.e && !row.d) {
-      const names = row.e.slice(0, row.q ? 2 : 4).map(([name]) => name);
-      aside.append(make("span", { title: "classes with the largest mean response" }, "responds most to"), ...names.map((name) => make("span", {}, short(name, 24))));
+      const names = row.e.slice(0, row.q && row.z ? 0 : row.q || row.z ? 2 : 4).map(([name]) => name);
+      if (names.length) aside.append(make("span", { title: "classes with the largest mean response" }, "responds most to"), ...names.map((name) => make("span", {}, short(name, 24))));
     }
     pictures.append(aside);
     const list = make("dl");
@@ -182,9 +195,10 @@
     list.sort(orders[$("sort").value] || orders.order);
     drawn = 0;
     $("cards").replaceChildren();
-    $("count").textContent = `${list.length} of ${rows.length} filters`;
+    $("count").textContent = counted();
     more();
   };
+  const counted = () => `${list.length} of ${rows.length} filters`;
   const go = (layer, index) => {
     const target = rows.find((row) => row.l === layer && row.i === index);
     if (!target) return;
@@ -214,9 +228,16 @@
       $("filters").scrollIntoView();
     });
   }
-  new IntersectionObserver((seen) => { if (seen.some((entry) => entry.isIntersecting) && !$("more").hidden) more(); },
-    { rootMargin: "800px" }).observe($("more"));
-  window.addEventListener("beforeprint", () => more(Math.min(list.length, PRINTED)));
+  new IntersectionObserver((seen) => {
+    // A tall window holds several steps, and the observer speaks only once.
+    const near = () => drawn < list.length && $("more").offsetParent && $("more").getBoundingClientRect().top < window.innerHeight + AHEAD;
+    if (seen.some((entry) => entry.isIntersecting)) while (near()) more();
+  }, { rootMargin: AHEAD + "px" }).observe($("more"));
+  window.addEventListener("beforeprint", () => {
+    more(Math.min(list.length, PRINTED));
+    if (list.length > PRINTED) $("count").textContent = `${counted()}; the first ${PRINTED} are printed`;
+  });
+  window.addEventListener("afterprint", () => { $("count").textContent = counted(); });
   update();
   document.documentElement.dataset.ready = "yes";
 })();
