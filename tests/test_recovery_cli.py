@@ -214,3 +214,15 @@ def test_without_labels_what_needs_none_is_named(tmp_path: Path) -> None:
     assert "choose without labels: --criterion reconstruction" in result.stderr
     result = run("score", model, *data, "--criterion", "variance", "--layers", "conv1", "--threads", "1")
     assert result.exit_code == 0, result.output
+
+
+def test_recovering_between_steps_is_said_to_change_nothing_where_nobody_looks(tmp_path: Path) -> None:
+    model, data = str(DIGITS / "model.onnx"), str(DIGITS / "select.npz")
+    options = ["--data", data, "--channels", "gray", "--threads", "1", "--layers", "conv1", "--limit", "100"]
+    more = ["--recover", "bias", "--recover-every", "2", "--ratio", "0.2"]
+    plain = run("prune", model, *options, *more, "--criterion", "l1", "-o", str(tmp_path / "x.onnx"))
+    assert plain.exit_code == 0, plain.output
+    assert "--recover-every changes nothing: l1" in plain.stderr
+    seen = run("prune", model, *options, *more, "--criterion", "car", "-o", str(tmp_path / "y.onnx"))
+    assert seen.exit_code == 0, seen.output
+    assert "changes nothing" not in seen.stderr

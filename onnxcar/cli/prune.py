@@ -310,6 +310,12 @@ def _check_recovery(params: dict[str, Any]) -> None:
     if params["recover"] != "none":
         if params["calibration_data"] is None:
             need_data(params, f"--recover {params['recover']}")
+        unasked = params["max_drop"] is None and any(params[name] is not None for name in (*_STOPS, "sweep"))
+        if params["recover_every"] and params["criterion"] not in LABELLED and unasked:
+            terminal().warn(
+                f"--recover-every changes nothing: {params['criterion']} ranks by the original network, and no "
+                "--max-drop asks how the recovered one does."
+            )
         return
     unused = {"recover_every": params["recover_every"]}
     if params["data"] is not None or params["criterion"] in (*LABELLED, *DATA_FREE) or params["plan"] is not None:
