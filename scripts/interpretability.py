@@ -178,7 +178,7 @@ def diversity(correlation: Floats, orders: dict[str, npt.NDArray[np.int64]], kee
 
     chance = [kept(rng.choice(n, keep, replace=False)) for _ in range(DRAWS)]
     out: dict[str, Any] = {"all": interpret.twin_distance(correlation), "kept": keep}
-    out["random"] = [float(np.mean(chance)), *np.percentile(chance, [2.5, 97.5]).tolist()]
+    out["random"] = [float(np.nanmean(chance)), *np.nanpercentile(chance, [2.5, 97.5]).tolist()]
     for name, order in orders.items():
         value = kept(order[-keep:])
         out[name] = [value, float(np.mean(np.asarray(chance) >= value))]
@@ -224,6 +224,9 @@ def look_at(args: argparse.Namespace, space: Any, layer: Any, data: Dataset, few
     if walked["path"]:
         out["first"]["car, greedy"] = share_of(coloured, walked["path"])
         out["greedy"] = walked
+        rest = [i for i in range(layer.filters) if i not in set(walked["path"])]
+        orders = {"car, greedy": np.asarray([*walked["path"], *rest]), **orders}
+        out["after"] = diversity(known["correlation"], orders, len(rest))
     return out
 
 
@@ -240,14 +243,9 @@ def show(found: dict[str, Any]) -> None:
     if "greedy" in found:
         (low, high), step = found["greedy"]["interval"], found["greedy"]["per_step"]
         print(f"Greedy CAR, {step} a step, given its path: {low:.0f} to {high:.0f}.\n")
-    d = found["diversity"]
-    print(f"Mean twin distance of all filters: {d['all']:.3f}. Of {d['kept']} kept:\n")
-    print("| kept by | twin distance | random sets at least as diverse |\n|---|---|---|")
-    mean, low, high = d["random"]
-    print(f"| random | {mean:.3f} ({low:.3f} to {high:.3f}) | |")
-    for name in found["first"]:
-        if name in d:
-            print(f"| {name} | {d[name][0]:.3f} | {d[name][1]:.1%} |")
+    for part in ("diversity", "after"):
+        if part in found:
+            show_diversity(found[part], list(found["first"]))
     print("\n| filter | q | helps most: change of loss, class-CAR [95 %], images |\n|---|---|---|")
     for row in found["named"]:
         best = "; ".join(
@@ -256,6 +254,17 @@ def show(found: dict[str, Any]) -> None:
             for e in row["most"]
         )
         print(f"| {row['filter']} | {row['q']:.3f} | {best} |")
+
+
+def show_diversity(d: dict[str, Any], names: Sequence[str]) -> None:
+    """Twin distances of what is kept as Markdown."""
+    print(f"\nMean twin distance of all filters: {d['all']:.3f}. Of {d['kept']} kept:\n")
+    print("| kept by | twin distance | random sets at least as diverse |\n|---|---|---|")
+    mean, low, high = d["random"]
+    print(f"| random | {mean:.3f} ({low:.3f} to {high:.3f}) | |")
+    for name in names:
+        if name in d:
+            print(f"| {name} | {d[name][0]:.3f} | {d[name][1]:.1%} |")
 
 
 def main() -> None:
