@@ -182,10 +182,10 @@ def main() -> None:
         took: dict[str, list[float]] = {}
 
         def judge(groups: frozenset[int], name: str, took: dict[str, list[float]] = took) -> int:
+            if name == "PyTorch":
+                from torch_loop import torch_loop  # takes seconds the first time
             start = clock(asked)
             if name == "PyTorch":
-                from torch_loop import torch_loop
-
                 count = torch_loop(space, groups, images, labels, asked.batch, asked.threads)
             else:
                 count = loop(space, groups, images, labels, asked.batch, asked.threads)
