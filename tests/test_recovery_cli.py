@@ -138,6 +138,7 @@ def test_without_labels_reconstruction_chooses_and_nothing_is_scored(
     result = run(*options, "--data", "flat", "--ratio", "0.5", "-o", "a.onnx")
     assert result.exit_code == 0, result.output
     assert "No labels in flat" in result.stderr
+    assert "Next: onnxcar compare model.onnx a.onnx\n" in result.stderr
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["base"] is None
     assert record["final"] is None

@@ -176,7 +176,7 @@ def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None
     if record["stopped"] == "time_limit":
         _say_remaining(record)
         here.note(f"Journal {paths.journal}\nThe same command with --force goes on from there.", command=True)
-    here.note(f"Next: {_compare_command(params, paths)}", command=True)
+    here.note(f"Next: {_compare_command(params, paths, scored=record['base'] is not None)}", command=True)
     if record["guarantee"] is None:
         _hold_gate(record, params["max_drop"])
 
@@ -297,10 +297,12 @@ def _nothing_removed(record: dict[str, Any]) -> str:
     return "Nothing was removed: OUT equals the original. `onnxcar inspect` says what can go."
 
 
-def _compare_command(params: dict[str, Any], paths: Paths) -> str:
+def _compare_command(params: dict[str, Any], paths: Paths, *, scored: bool) -> str:
+    """What to run next; data without labels tell nothing there."""
     words = ["onnxcar", "compare", str(paths.model), str(paths.out)]
     ctx = click.get_current_context()
-    for key in ("test_data" if params["test_data"] else "data", *_REPEAT):
+    data = ("test_data",) if params["test_data"] else ("data",) if scored else ()
+    for key in (*data, *(_REPEAT if data else ())):
         value = params[key]
         if value is not None and ctx.get_parameter_source(key) is ParameterSource.COMMANDLINE:
             text = ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else str(value)
