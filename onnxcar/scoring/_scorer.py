@@ -117,6 +117,7 @@ class Scorer:
         self._states: dict[tuple[int, ...], State] = {}
         self._scores: dict[frozenset[int], Score] = {}
         self._wide: Wide | None = None
+        self._winner: tuple[frozenset[int], Log] | None = None
         self._shifts: dict[int, npt.NDArray[np.float32]] = {}  # what candidates did to margins when last run
         self._no_wide = not self.metric.additive
         #: Set where groups of all layers compete: networks are then scored by what such steps need anyway.
@@ -259,6 +260,8 @@ class Scorer:
             return [self._picked(runner, gone) for runner in wide.lowest(asked, by_site)]
         keys = list(by_site)
         won = lowest(asked, list(by_site.values()), lambda i, held: self._state(keys[i], gone, held), self._budget)
+        if len(won) == 1:
+            self._winner = (gone | {won[0].group}, won[0].log)
         return [self._picked(runner, gone) for runner in won]
 
     def _picked(self, runner: Runner, removed: frozenset[int]) -> Pick:
@@ -328,6 +331,7 @@ class Scorer:
             if self._batch is None and site.by_row and state.n >= 4 * FIRST_ROWS:
                 state.tune = int(np.clip(self._scale * ROW_BYTES // state.each_bytes, 4, self._scale * MOST_ROWS))
             state.session_bytes = 2 * self.space.model.proto.ByteSize()
+        state.winner = self._winner
         self._states[key] = state
         for other in list(self._states):
             if sum(s.n_bytes for s in self._states.values()) <= self._budget:

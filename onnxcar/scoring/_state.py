@@ -69,6 +69,8 @@ class State:
         tune: Rows of a run at most, once the batch has been chosen by a probe; 0: it stays as it is.
         block: Cut values of the images in memory.
         removed: Groups that are masked at present.
+        winner: What a network said of all images when it was a candidate, perhaps at another site, and what is removed
+            from it: an expectation of the base.
         base: What the network says without any candidate, as far as it was run.
         margins: About the margins of all images without any candidate, (n,): an expectation, no result.
         costs: About their costs, (n,), likewise.
@@ -92,6 +94,7 @@ class State:
     tune: int = 0
     block: Block | None = None
     removed: frozenset[int] | None = None
+    winner: tuple[frozenset[int], Log] | None = None
     base: Log = field(init=False)
     margins: npt.NDArray[np.float32] = field(init=False)
     costs: npt.NDArray[np.int64] = field(init=False)
@@ -200,11 +203,10 @@ class State:
         same = np.zeros(self.n, bool)
         if grown and all(group in self.norms for group in new):
             same = np.logical_and.reduce([self.norms[group] == 0 for group in new]) if new else ~same
-        last = self.logs.get(next(iter(new))) if grown and len(new) == 1 else None
         self.base = self.base.only(same)
         self.margins, self.costs = self.base.margin, self.base.cost
-        if last is not None and not np.isnan(last.margin).any():
-            self.margins, self.costs = last.margin, last.cost
+        if self.winner is not None and self.winner[0] == removed:
+            self.margins, self.costs = self.winner[1].margin, self.winner[1].cost
         self.logs = (
             {group: log.only(same) for group, log in self.logs.items() if group not in removed} if same.any() else {}
         )
@@ -214,7 +216,11 @@ class State:
         self.fill(self.base, BASE, images[np.isnan(self.base.margin[images])])
 
     def expect(self, groups: Collection[int]) -> None:
-        """Know the base where candidates need it: on images they leave alone, and on all if nothing is expected yet."""
+        """Know the base where candidates need it: on all images if nothing is expected yet.
+
+        Else on those that some candidates leave alone, if they are expected to cost something: no other would rule
+        anybody out.
+        """
         assert self.block is not None
         images = self.block.indices
         if np.isnan(self.margins[images]).any():
@@ -222,7 +228,7 @@ class State:
             self.margins, self.costs = self.base.margin, self.base.cost
         still = [self.norms[group] == 0 for group in groups if group in self.norms]
         if still:
-            self.run_base(images[np.logical_or.reduce(still)])
+            self.run_base(images[np.logical_or.reduce(still) & (self.costs[images] > 0)])
 
     def fill(self, log: Log, group: int, todo: Indices, outputs: Array | None = None) -> None:
         """Run one candidate on the images `todo`; `outputs`, if given, takes the network's outputs, (n, ...)."""
@@ -246,7 +252,8 @@ class State:
         log = Log.empty(self.n) if log is None else log
         norms = self.norms.get(group)
         if norms is not None:
-            log.copy_from(self.base, self.block.indices[norms == 0])
+            alone = self.block.indices[norms == 0]
+            log.copy_from(self.base, alone[~np.isnan(self.base.margin[alone])])
         return log
 
 
