@@ -323,6 +323,18 @@ def test_dead_channels_are_not_run(make_model):
     assert pick.score.correct >= base.correct
 
 
+def test_the_next_layer_starts_with_what_the_last_winner_said(make_model):
+    one, _ = opened(plain_net, make_model)
+    fresh, _ = opened(plain_net, make_model)
+    first, second = (layer.groups.tolist() for layer in one.space.layers[:2])
+    gone = frozenset([one.lowest((), first)[0].group])
+    rows = one.work.rows
+    after, anew = one.lowest(gone, second)[0], fresh.lowest(gone, second)[0]
+    assert (after.group, after.score.loss_units) == (anew.group, anew.score.loss_units)
+    # The base, one row an image, is known about already.
+    assert one.work.rows - rows < fresh.work.rows - len(one.data) // 2
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_fixed_batch_changes_no_score(size, make_model):
     proto, _ = residual_net(make_model)
