@@ -15,7 +15,17 @@ from onnxcar.scoring._order import risk_order
 from onnxcar.scoring._race import Board, Log, Rank, Runner, race
 from onnxcar.scoring._state import State
 
-__all__ = ["Contest", "compete", "few_at_a_time", "guess", "lowest", "order_images", "remember", "start"]
+__all__ = [
+    "Contest",
+    "compete",
+    "few_at_a_time",
+    "guess",
+    "lowest",
+    "nearness",
+    "order_images",
+    "remember",
+    "start",
+]
 
 FEW = 200  # images from which a bet can be worth it
 UNKNOWN = 0.01  # errors, a part of all images, that a candidate that was never run may cost more than the best
@@ -108,7 +118,7 @@ def compete(asked: Contest, board: Board, entered: Sequence[tuple[State, Runner]
     against.
     """
     if asked.risk is not None and len(entered) > asked.k:
-        entered = sorted(entered, key=lambda at: (at[1].rank.of(int(at[1].hope)), at[1].hope))
+        entered = sorted(entered, key=lambda at: nearness(at[1]))
         race([runner for _, runner in entered[: asked.k]], board, board.bound or 0.0, asked.largest, pool)
         entered = entered[asked.k :]
         if board.bound is not None:
@@ -150,6 +160,11 @@ def guess(asked: Contest, runners: Sequence[Runner]) -> float:
     return ranks[min(asked.k, len(ranks)) - 1]
 
 
+def nearness(runner: Runner) -> tuple[float, float]:
+    """Rises with the distance from winning, as expected."""
+    return runner.rank.of(int(runner.hope)), runner.hope
+
+
 def remember(state: State, runners: Collection[Runner], budget: int) -> None:
     """Keep what was run: results for as long as they hold, margins as the next step's expectation.
 
@@ -158,7 +173,7 @@ def remember(state: State, runners: Collection[Runner], budget: int) -> None:
     most = budget // TABLES // (KEPT_BYTES * state.n)
     for gone in (state.removed or frozenset()) & state.shifts.keys():
         del state.shifts[gone]
-    for runner in sorted(runners, key=lambda runner: (runner.rank.of(int(runner.hope)), runner.hope)):
+    for runner in sorted(runners, key=nearness):
         group = runner.group
         if group not in state.shifts and len(state.shifts) >= most:
             continue

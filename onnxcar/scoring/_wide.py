@@ -18,6 +18,7 @@ from onnxcar.scoring._lowest import (
     compete,
     few_at_a_time,
     guess,
+    nearness,
     order_images,
     remember,
     start,
@@ -143,7 +144,7 @@ class Wide:
             if self.fits >= self.n:
                 entered = [(state, start(asked, state, group)) for state, group in lined_up]
                 compete(asked, board, entered, self._pool)
-                for state, runner in entered:
+                for state, runner in sorted(entered, key=lambda at: nearness(at[1])):
                     remember(state, [runner], self._budget)
             else:
                 self._by_blocks(asked, board, lined_up)
@@ -177,5 +178,5 @@ class Wide:
                     runner.more = number + 1 < len(way)
                 racing = [runner for _, runner in active]
                 race(racing, board, guess(asked, racing), asked.largest, self._pool)
-        for state, runner in entered:
+        for state, runner in sorted(entered, key=lambda at: nearness(at[1])):
             remember(state, [runner], self._budget)
