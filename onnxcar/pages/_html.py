@@ -86,7 +86,7 @@ def _count(number: float | None) -> str:
 
 
 def _percent(number: float | None) -> str:
-    return "-" if number is None else f"{number:.1%}"
+    return "-" if number is None else f"{100 * number:.1f} %"
 
 
 def _signed(number: float | None) -> str:
