@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "feeds", "free_bytes", "judge_for", "samples_per_run"]
 
 Array = npt.NDArray[Any]
+CACHE_BYTES, FEW = 4 << 20, 8  # of them in one run of small samples, but no fewer samples than so many
 BATCH_BYTES = 48 << 20  # of inputs and large activations in one run: beyond that caches gain nothing
 ON_DEVICE = 32  # a GPU takes so many times the bytes and rows in a run
 SHARE = 4  # of free memory, by default one part in so many is used
@@ -85,7 +86,9 @@ def samples_per_run(network: Network, sample: dict[str, Array], memory_bytes: in
     one = max(1, sum(value[:1].nbytes for value in sample.values()))
     # Activations of a convolutional network take some ten times its input.
     scale = 1 if network.session.provider.name == "cpu" else ON_DEVICE
-    return int(np.clip(min(scale * BATCH_BYTES, memory_bytes // 4) // (10 * one), 1, 256 * min(scale, 4)))
+    room = min(scale * BATCH_BYTES, memory_bytes // 4) // (10 * one)
+    # Where samples are small, memory that is touched for the first time costs more than a run does besides.
+    return int(np.clip(min(room, max(FEW, scale * CACHE_BYTES // (10 * one))), 1, 256 * min(scale, 4)))
 
 
 def evaluate(

@@ -158,13 +158,17 @@ class Scorer:
             else:
                 out = site.run(Block(at, inputs), np.full(len(at), BASE), np.arange(len(at)))
             rows = self._judge.rows(out, at)
+            if self.metric.additive:
+                log.put(at, rows)
             return self._judge.tally(rows, at), rows.outputs
 
-        tally, outputs = Tally(), []
+        log, tally, outputs = Log.empty(len(self.data)), Tally(), []
         for part, out in self._pool.map(run, range(0, len(self.data), self._step)):
             tally.add(part)
             if not self.metric.additive:
                 outputs.append(out)
+        if self.metric.additive:
+            self._winner = (removed, log)
         return self._judge.score(tally, np.concatenate(outputs) if outputs else None)
 
     # --- candidates in full ---------------------------------------------------------------------------------------

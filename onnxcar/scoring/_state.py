@@ -119,12 +119,12 @@ class State:
     def _probe(self, images: Indices) -> None:
         """Choose how many rows a run takes: enough to hide what a run costs besides, few enough to stop in time."""
         assert self.block is not None
-        at = self.block.where(images[:64])
+        at = self.block.where(images[:FEWEST])
         none = np.full(len(at), BASE, np.int64)
         took = []
         # A busy machine must not make batches small; what a GPU takes no clock of the CPU knows.
         clock = time.perf_counter if self.verdicts is not None else time.thread_time
-        for _ in range(4):
+        for _ in range(3):
             start = clock()
             self.site.run(self.block, none, at, exact=False)
             took.append(clock() - start)
