@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onnxcar.progress import Report
     from onnxcar.scoring import Scorer
 
-__all__ = ["CRITERIA", "Context", "Criterion", "CriterionFunction", "find", "per_layer_unit"]
+__all__ = ["CRITERIA", "Context", "Criterion", "CriterionFunction", "find", "per_layer_unit", "refuse_unscored"]
 
 Importances = npt.NDArray[np.float64]  # (n_groups,), larger = keep; NaN = already removed, or not asked for
 CriterionFunction = Callable[[ChannelSpace, "Context"], Importances]
@@ -99,6 +99,19 @@ class Criterion:
                 f"{', '.join(name for name, row in CRITERIA.items() if not row.needs_data)}."
             )
         return self.function(space, context)
+
+
+def refuse_unscored(precision: str, criterion: Criterion, data: Dataset | None) -> None:
+    """Raise where another precision than FP32 is asked for and nothing would be scored in it.
+
+    Raises:
+        DataError: No labelled data, or a criterion that scores no networks.
+    """
+    if precision != "fp32" and (data is None or not criterion.needs_labels):
+        raise DataError(
+            f"Precision {precision} is about scoring on data, and the criterion {criterion.name} scores nothing. Leave "
+            "it out."
+        )
 
 
 def find(name: str | Criterion | CriterionFunction) -> Criterion:

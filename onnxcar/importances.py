@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from onnxcar import record as records
 from onnxcar.channels import ChannelSpace
-from onnxcar.criteria import Context, Criterion, CriterionFunction, find
+from onnxcar.criteria import Context, Criterion, CriterionFunction, find, refuse_unscored
 from onnxcar.errors import DataError
 from onnxcar.interpret import ClassEffects, ClassSets, class_sets, effects, joined
 from onnxcar.model import Model
@@ -221,11 +221,7 @@ def importance(
     by_layer = _asked(space, layers, exclude)
     asked = tuple(sorted(group for groups in by_layer.values() for group in groups))
     scorer, agreed = None, None
-    if precision != "fp32" and (data is None or not row.needs_labels):
-        raise DataError(
-            f"Precision {precision} is about scoring on data, and the criterion {row.name} scores nothing. Leave it "
-            "out."
-        )
+    refuse_unscored(precision, row, data)
     if row.needs_labels and data is not None:
         agreed = check_precision(space.model, data, precision, provider=provider, threads=threads)
         sets = _sets(data, class_groups) if by_class or class_groups else None

@@ -18,7 +18,7 @@ from onnxcar import record as records
 from onnxcar.channels import ChannelSpace, Cost
 from onnxcar.choosers import chooser
 from onnxcar.classes import Kept
-from onnxcar.criteria import CRITERIA, Context, Criterion, CriterionFunction, find
+from onnxcar.criteria import CRITERIA, Context, Criterion, CriterionFunction, find, refuse_unscored
 from onnxcar.data import Dataset, overlap
 from onnxcar.errors import DataError, PlanError
 from onnxcar.finish import Finished, Finisher, RunOn
@@ -177,7 +177,7 @@ class Pruning:
             "precision": precision,
             "seed": seed,
         }
-        _check_precision(precision, row, data)
+        refuse_unscored(precision, row, data)
         agreed = None
         if data is not None:
             agreed = check_precision(model, data, precision, provider=on.provider, threads=threads)
@@ -387,14 +387,6 @@ def _check_numbers(scope: str, per_step: int, min_filters: int, multiple_of: int
     for name, value in (("per_step", per_step), ("min_filters", min_filters), ("multiple_of", multiple_of)):
         if value is not None and value != "auto" and (not isinstance(value, int) or value < 1):
             raise PlanError(f"{name} is {value!r}, and must be a whole number of at least 1.", field=name)
-
-
-def _check_precision(precision: str, row: Criterion, data: Dataset | None) -> None:
-    if precision != "fp32" and (data is None or not row.needs_labels):
-        raise DataError(
-            f"Precision {precision} is about scoring on data, and the criterion {row.name} scores nothing. Leave it "
-            "out."
-        )
 
 
 def _check_risk(approximate: float | None, row: Criterion) -> None:

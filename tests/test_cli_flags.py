@@ -112,10 +112,11 @@ def test_names_written_out_are_those_of_the_tables():
 
 
 def test_criteria_said_to_need_no_data_are_those():
-    from onnxcar.cli.prune import DATA_FREE
+    from onnxcar.cli.prune import DATA_FREE, LABELLED
     from onnxcar.criteria import CRITERIA
 
     assert set(DATA_FREE) == {name for name, row in CRITERIA.items() if not row.needs_data}
+    assert set(LABELLED) == {name for name, row in CRITERIA.items() if row.needs_labels}
 
 
 def test_every_option_stands_under_a_heading_and_has_help():

@@ -67,9 +67,9 @@ def check_precision(
             5 % of the largest.
         RuntimeMissingError: The provider does not load, or has no such precision.
     """
-    where = resolve_provider(provider, precision)
     if precision == "fp32":
         return None
+    where = resolve_provider(provider, precision)
     at = np.unique(np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).round().astype(np.int64))
     few = data.inputs(at[:4])
     tried = few if all(len(value) > 1 for value in few.values()) else None

@@ -13,7 +13,7 @@ from onnxcar.channels import ChannelSpace
 from onnxcar.errors import InternalError
 from onnxcar.executors import Pool
 from onnxcar.facts import trace
-from onnxcar.metrics import LOSS_ONE, Metric, Score, Tally, metric
+from onnxcar.metrics import LOSS_ONE, Metric, Rows, Score, Tally, metric
 from onnxcar.model import Model
 from onnxcar.runtime import n_cores, open_network, resolve_provider
 from onnxcar.scoring._bet import risk_of
@@ -142,34 +142,30 @@ class Scorer:
             self._scores[gone] = self._whole(gone) if wide is None else self._of(wide.results(gone))
         return self._scores[gone]
 
-    def _of(self, log: Log) -> Score:
+    def _of(self, log: Log, outputs: Array | None = None) -> Score:
         images = np.arange(len(self.data), dtype=np.int64)
-        return self._judge.score(self._judge.tally(log.rows(images), images))
+        return self._judge.score(self._judge.tally(log.rows(images), images), outputs)
 
     def _whole(self, removed: frozenset[int]) -> Score:
         # No read of its own: removed groups are constants of the graph.
         site = whole_site(self._rows_space, self._network, (), removed) if removed else None
 
-        def run(start: int) -> tuple[Tally, Array]:
+        def run(start: int) -> tuple[Indices, Rows]:
             at = np.arange(start, min(start + self._step, len(self.data)), dtype=np.int64)
             inputs = feeds(self._network, self.data, at)
             if site is None:
                 out = self._network.run(inputs)[0]
             else:
                 out = site.run(Block(at, inputs), np.full(len(at), BASE), np.arange(len(at)))
-            rows = self._judge.rows(out, at)
-            if self.metric.additive:
-                log.put(at, rows)
-            return self._judge.tally(rows, at), rows.outputs
+            return at, self._judge.rows(out, at)
 
-        log, tally, outputs = Log.empty(len(self.data)), Tally(), []
-        for part, out in self._pool.map(run, range(0, len(self.data), self._step)):
-            tally.add(part)
+        log, outputs = Log.empty(len(self.data)), []
+        for at, rows in self._pool.map(run, range(0, len(self.data), self._step)):
+            log.put(at, rows)
             if not self.metric.additive:
-                outputs.append(out)
-        if self.metric.additive:
-            self._winner = (removed, log)
-        return self._judge.score(tally, np.concatenate(outputs) if outputs else None)
+                outputs.append(rows.outputs)
+        self._winner = (removed, log)
+        return self._of(log, np.concatenate(outputs) if outputs else None)
 
     # --- candidates in full ---------------------------------------------------------------------------------------
 

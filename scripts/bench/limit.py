@@ -20,9 +20,10 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parent))
+from car_speed import inner
 from images import add_data, open_data
 
-from onnxcar.channels import ChannelSpace, Layer
+from onnxcar.channels import ChannelSpace
 from onnxcar.ledger import Ledger
 from onnxcar.model import load
 from onnxcar.rules import analyze
@@ -81,17 +82,6 @@ def behind(space: ChannelSpace, removed: Sequence[int], own: Sequence[int]) -> f
     return float(sum(macs for term, macs in zip(space.terms, left, strict=True) if term.node > max(readers)))
 
 
-def inner_layers(space: ChannelSpace) -> list[Layer]:
-    """Conv layers whose filters can all go and leave no other layer's filters behind."""
-    owners: dict[int, int] = {}
-    for layer in space.layers:
-        for group in layer.groups:
-            owners[group] = owners.get(group, 0) + 1
-    return [
-        layer for layer in space.layers if layer.kind == "conv" and all(g >= 0 and owners[g] == 1 for g in layer.groups)
-    ]
-
-
 def main() -> None:
     """Print a line for each layer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,11 +94,11 @@ def main() -> None:
     space = analyze(model)
     data = open_data(asked, model)
     scorer, clock = Scorer(space, data, provider="cpu"), Clock()
-    layers = inner_layers(space)
+    layers = [space.layers[i] for i in inner(space)]
     removed: list[int] = []
     print(f"{'layer':32s} errors        rows of all  rows over floor  us a row  GFLOP/s  bare Conv  CPU in runs")
     for layer in layers if asked.layers is None else [layers[i] for i in asked.layers]:
-        own = [int(g) for g in layer.groups]
+        own = [int(g) for g in layer.groups if g >= 0]
         rows, floor, pairs, flops, cpu, runs = 0, 0, 0, 0.0, time.process_time(), clock.seconds
         errors = []
         for _ in range(int(asked.ratio * len(own))):
@@ -122,18 +112,13 @@ def main() -> None:
             flops += 2 * ran * behind(space, removed, own)
             removed.append(pick.group)
         cpu, runs = time.process_time() - cpu, clock.seconds - runs
-        size = space.facts.shape(layer_output(space, layer))
+        size = space.facts.shape(model.proto.graph.node[layer.position].output[0])
         bare = bare_conv(len(own), int(size[-1])) if size else float("nan")
         print(
             f"{layer.node:32s} {errors[0]:4d} to {errors[-1]:4d}  {rows / pairs:11.3f}  {rows / floor:15.2f}  "
             f"{1e6 * runs / rows:8.0f}  {flops / runs / 1e9:7.0f}  {bare:9.0f}  {runs / cpu:11.2f}",
             flush=True,
         )
-
-
-def layer_output(space: ChannelSpace, layer: Layer) -> str:
-    """Name of what the layer gives."""
-    return str(space.model.proto.graph.node[layer.position].output[0])
 
 
 if __name__ == "__main__":
