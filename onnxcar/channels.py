@@ -389,6 +389,18 @@ class ChannelSpace:
         return total
 
     @cached_property
+    def taps(self) -> npt.NDArray[np.int64]:
+        """Fewest taps of a kernel that reads the group's channels, (n_groups,): 1 of a 1x1 Conv, 9 of a 3x3 one.
+
+        Of all Convs that read them; 0 where none does.
+        """
+        found = np.zeros(len(self.groups), np.int64)
+        for group, readers in self._readers.items():
+            shapes = [self.facts.shape(self.model.proto.graph.node[s.node].input[s.input]) or () for s, _ in readers]
+            found[group] = min((int(np.prod(shape[2:])) for shape in shapes if len(shape) > 2), default=0)
+        return found
+
+    @cached_property
     def _readers(self) -> dict[int, list[tuple[Site, int]]]:
         out: dict[int, list[tuple[Site, int]]] = {}
         writers = {(x.position, self._weight_input(x.position), x.axis) for x in self.layers}

@@ -182,6 +182,11 @@ class Pruning:
         if data is not None:
             agreed = check_precision(model, data, precision, provider=on.provider, threads=threads)
         finisher = Finisher(space, on, data, metric, verify, recover, calibration, seed, drop_outputs)
+        keep = Keep(space, min_filters, multiple, wanted == "auto")
+        if not planned and (rule.target_macs, rule.target_params) != (None, None):
+            competing = fields(space, select_layers(space, layers, exclude, dense=dense), exclude, scope)
+            may_go = [group for field in competing for group in field.groups]
+            keep = keep.reaching(may_go, rule.target_macs, rule.target_params)
         scorer = None
         if data is not None:
             models: dict[str, Any] = {}
@@ -198,7 +203,7 @@ class Pruning:
             metric=metric,
             scope=scope,
             stop=rule,
-            keep=Keep(space, min_filters, multiple, wanted == "auto"),
+            keep=keep,
             per_step=per_step,
             layers=tuple(layers),
             exclude=tuple(exclude),

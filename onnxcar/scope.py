@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import platform
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -170,10 +170,9 @@ def whole_layers(space: ChannelSpace, selected: Sequence[Layer], exclude: Sequen
 
 @dataclass(frozen=True, eq=False)
 class Keep:
-    """What every layer keeps: at least `min_filters`, and a count that is a multiple of `multiple_of`.
+    """What every layer keeps: at least `min_filters`, and a count that suits `multiple_of`, see `suits`.
 
-    `multiple_of` is a number, or for "auto" the provider's vector width: a layer then takes the width, halved until at
-    least a quarter of the layer fits into it, never below 4.
+    `multiple_of` is a number, or for "auto" the provider's vector width.
     """
 
     space: ChannelSpace
@@ -209,17 +208,33 @@ class Keep:
             if all(left[layer] - number >= self.min_filters for layer, number in self._counts[group].items())
         ]
 
-    def multiple(self, layer: int) -> int:
-        """What the kept count of a layer is a multiple of."""
+    def suits(self, layer: int, count: int) -> bool:
+        """Whether a layer may keep so many filters: all it had, or a multiple of `multiple_of`.
+
+        By width it may go below one width, too, by halves and never below 4, where every Conv that reads it has a
+        kernel larger than 1x1. ONNX Runtime's blocked kernels pad outputs to the width, so that a count in between
+        saves no time, and read fewer channels than one width only out of the plain layout: what that reordering costs
+        pays off where each value is read many times (docs/benchmarks.md, "Latency against MACs").
+        """
+        if count == self.space.layers[layer].filters or count % self.multiple_of == 0:
+            return True
+        return count in self._narrow and layer not in self._pointwise
+
+    @cached_property
+    def _narrow(self) -> frozenset[int]:
+        """Counts below one width that may do."""
         if not self.by_width:
-            return self.multiple_of
-        width = self.multiple_of
-        while width > NARROWEST and width * 4 > self.space.layers[layer].filters:
-            width //= 2
-        return width
+            return frozenset()
+        return frozenset(self.multiple_of // part for part in (2, 4) if self.multiple_of // part >= NARROWEST)
+
+    @cached_property
+    def _pointwise(self) -> frozenset[int]:
+        """Layers with channels that a 1x1 Conv reads."""
+        found = self.space.taps == 1
+        return frozenset(x.index for x in self.space.layers if found[x.groups[x.groups >= 0]].any())
 
     def given_back(self, path: Sequence[int], layers: Iterable[int]) -> set[int]:
-        """Which groups of a path go back so that the layers keep a multiple of what `multiple` says.
+        """Which groups of a path go back so that every layer keeps a count that suits it.
 
         Of each layer the last removals go back; a layer from which nothing is removed is as it should be. Where groups
         tie layers together, giving back for one may unsettle another, so it goes on until all fit: at worst everything
@@ -230,19 +245,50 @@ class Keep:
             layers: Indices of the layers to settle.
         """
         back: set[int] = set()
-        watched = [layer for layer in layers if self.multiple(layer) > 1]
+        watched = list(layers) if self.multiple_of > 1 else []
         left = self.filters(path)
         settled = False
         while not settled:
             settled = True
             for layer in watched:
-                while left[layer] % self.multiple(layer) and left[layer] < self.space.layers[layer].filters:
+                while not self.suits(layer, left[layer]):
                     group = next(g for g in reversed(path) if g not in back and layer in self._counts[g])
                     back.add(group)
                     settled = False
                     for index, number in self._counts[group].items():
                         left[index] += number
         return back
+
+    def reaching(self, groups: Collection[int], macs: float | None, params: float | None) -> Keep:
+        """The same at the widest width, of this one and its halves down to 4, that lets the targets be met at all.
+
+        Args:
+            groups: Those that may go.
+            macs: Fraction of the original's MACs that is to be left; None: no such target.
+            params: Fraction of the params, likewise.
+        """
+        keep, whole = self, self.space.cost()
+        while keep.by_width and keep.multiple_of > NARROWEST:
+            left = self.space.cost(keep._least(groups))
+            if left.macs <= (macs or 1) * whole.macs and left.params <= (params or 1) * whole.params:
+                break
+            keep = replace(keep, multiple_of=keep.multiple_of // 2)
+        return keep
+
+    def _least(self, groups: Collection[int]) -> frozenset[int]:
+        """What of `groups` is gone when every layer keeps as few filters as suit it; which ones they are is chance."""
+        gone = set(groups)
+        for layer in self.space.layers:
+            left = layer.filters - sum(self._counts[group][layer.index] for group in gone & set(layer.groups.tolist()))
+            least = next(n for n in range(max(1, self.min_filters), layer.filters + 1) if self.suits(layer.index, n))
+            for group in dict.fromkeys(layer.groups.tolist()):
+                if left >= least:
+                    break
+                if group in gone:
+                    gone.discard(group)
+                    left += self._counts[group][layer.index]
+        path = sorted(gone)
+        return frozenset(path) - self.given_back(path, self.all_layers())
 
     def all_layers(self) -> list[int]:
         """Layers with a count of their own to keep; depthwise ones follow."""

@@ -55,13 +55,14 @@ class Net:
     threads: int | None
     per_step: int = 1
     journals: Path | None = None
+    right: bool = False
     cache: dict[str, Any] = field(default_factory=dict)
     measured: dict[tuple[car.Plan, bool], dict[str, float]] = field(default_factory=dict)
 
     @property
     def held(self) -> str:
         """Key of its cells in the file."""
-        return f"{self.name} {self.model.sha256[:12]} {self.limit}"
+        return f"{self.name} {self.model.sha256[:12]} {self.limit}" + (" right" if self.right else "")
 
     @cached_property
     def model(self) -> car.Model:
@@ -87,10 +88,19 @@ class Net:
         shape = self.space.facts.shape(self.model.proto.graph.input[0].name)
         return data.for_input(None if shape is None else (None, *shape[1:]))
 
+    def sample(self, key: str) -> Dataset:
+        """So many images of a data set as `limit` says; with `right` of those that the network gets right."""
+        if not self.right:
+            return self.open(key, limit=self.limit)
+        whole = self.open(key)
+        outcomes = car.evaluate(self.model, whole, threads=self.threads).outcomes
+        assert outcomes is not None
+        return whole.subset(outcomes.correct).limit(self.limit)
+
     @cached_property
     def data(self) -> Dataset:
         """What filters are chosen on."""
-        return self.open("data", limit=self.limit)
+        return self.sample("data")
 
     @cached_property
     def unlabelled(self) -> Dataset:
@@ -102,7 +112,7 @@ class Net:
     @cached_property
     def calibration(self) -> Dataset:
         """What repairs are fitted on."""
-        return self.open("calibration_data" if self.flags.get("calibration_data") else "data", limit=self.limit)
+        return self.sample("calibration_data") if self.flags.get("calibration_data") else self.data
 
     @cached_property
     def test(self) -> Dataset:
@@ -370,6 +380,13 @@ def main() -> None:
         help="images of a --net that filters are chosen and repairs fitted on; of all or of the one that is named",
     )
     parser.add_argument(
+        "--right",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="network whose filters are chosen, and repairs fitted, on images of its data that it gets right",
+    )
+    parser.add_argument(
         "--per-step",
         action="append",
         default=[],
@@ -386,7 +403,8 @@ def main() -> None:
     nets = [Net(*DIGITS, None, args.threads)]
     for name, model, toml in args.net:
         limit, k = limits.get(name, limits.get("")), at_once.get(name, at_once.get("", 1))
-        nets.append(Net(name, Path(model), Path(toml), limit, args.threads, k, args.cache.with_suffix("")))
+        journals, right = args.cache.with_suffix(""), name in args.right
+        nets.append(Net(name, Path(model), Path(toml), limit, args.threads, k, journals, right))
     held = json.loads(args.cache.read_text()) if args.cache.exists() else {}
     for net in nets:
         net.cache = held.get(net.held, {})

@@ -7,6 +7,7 @@ from onnxcar.errors import PlanError
 from onnxcar.model import from_proto
 from onnxcar.rules import analyze
 from onnxcar.scope import Keep, fields, select_layers, vector_width, whole_layers
+from tests.graphs import Net
 
 
 @pytest.fixture
@@ -174,11 +175,45 @@ def test_a_layer_that_loses_nothing_need_not_be_a_multiple(residual):
     assert keep.given_back(inner.groups[:1], keep.all_layers()) == {inner.groups[0]}
 
 
-def test_by_width_narrow_layers_take_a_smaller_multiple(chain):
-    keep = Keep(chain, multiple_of=16, by_width=True)
-    assert [keep.multiple(layer.index) for layer in chain.layers] == [4, 4, 4, 4]
-    wide = Keep(chain, multiple_of=16, by_width=False)
-    assert wide.multiple(0) == 16
+def readers(kernel):
+    """A stem of 32 filters that a Conv of this kernel reads, whose 16 a 3x3 Conv reads; then a dense layer."""
+    net = Net()
+    x = net.op("Relu", net.conv(net.input(), 32, 3))
+    x = net.op("Relu", net.conv(x, 16, kernel))
+    x = net.op("GlobalAveragePool", net.op("Relu", net.conv(x, 8, 3)))
+    return analyze(net.model(net.gemm(net.op("Flatten", x), 5)))
+
+
+def test_auto_keeps_multiples_of_the_width_and_below_one_only_what_pays_off():
+    spatial, pointwise = Keep(readers(3), 1, 16, True), Keep(readers(1), 1, 16, True)
+    assert [n for n in range(1, 33) if spatial.suits(0, n)] == [4, 8, 16, 32]
+    assert [n for n in range(1, 33) if pointwise.suits(0, n)] == [16, 32]  # a 1x1 Conv reads it
+    assert [n for n in range(1, 17) if pointwise.suits(1, n)] == [4, 8, 16]  # a 3x3 Conv reads that
+    assert [n for n in range(1, 9) if pointwise.suits(2, n)] == [4, 8]  # no Conv does
+    assert [n for n in range(1, 33) if Keep(readers(3), 1, 16).suits(0, n)] == [16, 32]
+    assert [n for n in range(1, 33) if Keep(readers(3), 1, 4, True).suits(0, n)] == list(range(4, 33, 4))
+
+
+def test_a_depthwise_conv_between_does_not_hide_the_pointwise_one_that_reads():
+    net = Net()
+    x = net.op("Relu", net.conv(net.input(), 16, 3))
+    x = net.op("Relu", net.conv(x, 16, 3, group=16))
+    x = net.op("GlobalAveragePool", net.conv(x, 8, 1))
+    space = analyze(net.model(net.gemm(net.op("Flatten", x), 5)))
+    assert [layer.kind for layer in space.layers] == ["conv", "depthwise", "conv", "dense"]
+    assert not Keep(space, 1, 16, True).suits(0, 8)
+
+
+def test_a_width_is_halved_until_the_target_can_be_met():
+    space = readers(1)
+    groups, keep = [group.id for group in space.groups], Keep(space, 1, 16, True)
+    least = [space.cost(Keep(space, 1, width, True)._least(groups)).macs / space.cost().macs for width in (16, 8, 4)]
+    assert least[0] > least[1] > least[2]
+    found = [keep.reaching(groups, share, None).multiple_of for share in (least[0], least[1], least[2], 0.001)]
+    assert found == [16, 8, 4, 4]
+    assert keep.reaching(groups, None, 0.9).multiple_of == 16
+    assert Keep(space, 1, 16).reaching(groups, 0.001, None).multiple_of == 16  # asked for by number
+    assert keep.reaching([], 0.9, None).multiple_of == 4
 
 
 def test_the_width_of_the_machine_is_one_that_exists():

@@ -14,6 +14,7 @@ from onnxcar.cli.options import (
     data_options,
     general_options,
     json_option,
+    layer_options,
     metric_option,
     model_argument,
     option,
@@ -38,10 +39,7 @@ _WHAT = "What to explain"
 
 @click.command("explain", cls=Command, short_help="What each filter does; HTML.")
 @model_argument
-@option(
-    "--layers", section=_WHAT, multiple=True, metavar="GLOB", help="Only these, by node or weight name; repeatable."
-)
-@option("--exclude", section=_WHAT, multiple=True, metavar="GLOB", help="Not these; repeatable.")
+@layer_options(_WHAT)
 @option(
     "--plan",
     section=_WHAT,

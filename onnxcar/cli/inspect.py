@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcar.cli.command import Command
-from onnxcar.cli.later import refuse_later_values
-from onnxcar.cli.options import general_options, json_option, model_argument, option
+from onnxcar.cli.options import general_options, json_option, model_argument, norms_option, option
 from onnxcar.cli.work import header, json_target, terminal, write_json
 
 if TYPE_CHECKING:
@@ -20,14 +19,7 @@ if TYPE_CHECKING:
 @click.command("inspect", cls=Command, short_help="Layers, groups, what is protected and why.")
 @model_argument
 @option("--groups", section="Output", is_flag=True, help="List every group with its members.")
-@option(
-    "--norms",
-    section="Structure",
-    type=click.Choice(("protect", "rewrite")),
-    default="protect",
-    callback=refuse_later_values,
-    help="Channels under LayerNorm, one-group GroupNorm and channel means.  [default: protect]",
-)
+@norms_option("Structure")
 @json_option
 @general_options
 def command(model: Path, groups: bool, norms: str, **params: Any) -> None:

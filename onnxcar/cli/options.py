@@ -22,8 +22,10 @@ __all__ = [
     "data_options",
     "general_options",
     "json_option",
+    "layer_options",
     "metric_option",
     "model_argument",
+    "norms_option",
     "option",
     "precision_option",
     "runtime_options",
@@ -67,6 +69,32 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--json FILE|-``."""
     return option("--json", section="Output", metavar="FILE|-", help="Write the result as JSON; - is stdout, alone.")(
         function
+    )
+
+
+def layer_options(section: str) -> Decorator:
+    """``--layers`` and ``--exclude``."""
+    return _together(
+        option(
+            "--layers",
+            section=section,
+            multiple=True,
+            metavar="GLOB",
+            help="Only these, by node or weight name; repeatable.",
+        ),
+        option("--exclude", section=section, multiple=True, metavar="GLOB", help="Not these; repeatable."),
+    )
+
+
+def norms_option(section: str) -> Decorator:
+    """``--norms protect|rewrite``."""
+    return option(
+        "--norms",
+        section=section,
+        type=click.Choice(("protect", "rewrite")),
+        default="protect",
+        callback=refuse_later_values,
+        help="Channels under LayerNorm, one-group GroupNorm, channel means.  [default: protect]",
     )
 
 

@@ -17,8 +17,10 @@ from onnxcar.cli.options import (
     data_options,
     general_options,
     json_option,
+    layer_options,
     metric_option,
     model_argument,
+    norms_option,
     option,
     precision_option,
     runtime_options,
@@ -105,10 +107,7 @@ def _fractions(ctx: click.Context, param: click.Parameter, value: tuple[float, .
     help="layer: one after the other, in graph order; global: all compete, by score lost per MAC (with "
     "--target-latency: per time saved).  [default: layer]",
 )
-@option(
-    "--layers", section=_WHAT, multiple=True, metavar="GLOB", help="Only these, by node or weight name; repeatable."
-)
-@option("--exclude", section=_WHAT, multiple=True, metavar="GLOB", help="Not these; repeatable.")
+@layer_options(_WHAT)
 @option("--dense", section=_WHAT, is_flag=True, help="Units of dense layers, too.")
 @option(
     "--min-filters",
@@ -125,14 +124,7 @@ def _fractions(ctx: click.Context, param: click.Parameter, value: tuple[float, .
     metavar="N|auto",
     help="Kept counts are a multiple of N; auto: what runs fast.  [default: auto with --max-drop, --target-*; else 1]",
 )
-@option(
-    "--norms",
-    section=_WHAT,
-    type=click.Choice(("protect", "rewrite")),
-    default="protect",
-    callback=refuse_later_values,
-    help="Channels under LayerNorm, one-group GroupNorm, channel means.  [default: protect]",
-)
+@norms_option(_WHAT)
 @option(
     "--recover",
     section=_WHAT,

@@ -18,8 +18,10 @@ from onnxcar.cli.options import (
     data_options,
     general_options,
     json_option,
+    layer_options,
     metric_option,
     model_argument,
+    norms_option,
     option,
     precision_option,
     runtime_options,
@@ -57,18 +59,8 @@ _FEW = 10  # samples of a class below which its mean loss change says little
     metavar="NAME",
     help=f"{', '.join(CRITERIA)}; {', '.join(DATA_FREE)} need no data.  [default: car]",
 )
-@option(
-    "--layers", section=_WHAT, multiple=True, metavar="GLOB", help="Only these, by node or weight name; repeatable."
-)
-@option("--exclude", section=_WHAT, multiple=True, metavar="GLOB", help="Not these; repeatable.")
-@option(
-    "--norms",
-    section=_WHAT,
-    type=click.Choice(("protect", "rewrite")),
-    default="protect",
-    callback=refuse_later_values,
-    help="Channels under LayerNorm, one-group GroupNorm, channel means.  [default: protect]",
-)
+@layer_options(_WHAT)
+@norms_option(_WHAT)
 @option(
     "--by-class",
     section=_WHAT,
