@@ -251,7 +251,9 @@ def tables(nets: Sequence[Net], ratios: Sequence[float], names: Sequence[str]) -
         if not filled(net, ratios, names):
             out += [f"### {net.name}", "", "Not run.", ""]
             continue
-        out += [f"### {net.name}", "", f"Original {net.base():.2%}; filters chosen on {len(net.data):,} images.", ""]
+        which = " that it gets right" if net.right else ""
+        words = f"Original {net.base():.2%}; filters chosen on {len(net.data):,} images{which}."
+        out += [f"### {net.name}", "", words, ""]
         out += [f"![accuracy of {net.name} against pruning ratio](img/{picture(net)})", ""]
         for place, node in net.places().items():
             rows = []
@@ -273,9 +275,21 @@ def tables(nets: Sequence[Net], ratios: Sequence[float], names: Sequence[str]) -
                 ]
                 out.append(f"| {name} | {' | '.join(shown)} |")
             out.append("")
+            if steps := strides(net, place, ratios, names):
+                out += [f"Groups removed before candidates are looked at again: {steps}.", ""]
             if gaps := missing(net, place, ratios, names):
                 out += [f"Not run: {gaps}.", ""]
     return "\n".join(out)
+
+
+def strides(net: Net, place: str, ratios: Sequence[float], names: Sequence[str]) -> str:
+    """Which criteria removed several groups at a time at a place, and how many; empty where none did."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        for cell in (net.cache.get(key(place, ratio, name, 0), {}) for ratio in ratios):
+            if cell.get("per_step", 1) > 1:
+                found.setdefault(name, set()).add(cell["per_step"])
+    return ", ".join(f"{name} {'/'.join(map(str, sorted(steps)))}" for name, steps in found.items())
 
 
 def missing(net: Net, place: str, ratios: Sequence[float], names: Sequence[str]) -> str:

@@ -5,8 +5,9 @@
 At each fraction of the MACs two plans of about that size, timed in turn, round by round, at batch 1:
 
     even        every layer to the same ratio
-    by latency  blocks of filters leave in the order of predicted time saved per MAC, by the table of layers that
-                `prune --target-latency` measures: what a search could gain that looked at time alone
+    by latency  a layer at a time goes down to its next count that suits the processor, the one first that saves most
+                predicted time per MAC, by the table of layers that `prune --target-latency` measures: what a search
+                could gain that looked at time alone
     floor       predicted time of the narrowest network of the table: a tenth of the filters, counts aligned
 
     of promise  speed-up over 1 / MACs
@@ -23,26 +24,24 @@ import onnxcar as car
 from onnxcar import ChannelSpace, Plan
 from onnxcar.latency import measure, ratio
 from onnxcar.latency_table import Table, measure_table
-from onnxcar.scope import Keep, fields, select_layers, vector_width
+from onnxcar.scope import Field, Keep, fields, select_layers, vector_width
 
 FLOOR = 0.25  # of a layer's filters stay
 
 
-def by_latency(space: ChannelSpace, table: Table, block: int, targets: list[float]) -> dict[float, Plan]:
-    """Greedy by seconds saved per MAC saved, a block of one field's groups at a time."""
+def by_latency(keep: Keep, table: Table, targets: list[float]) -> dict[float, Plan]:
+    """Greedy by seconds saved per MAC saved; a layer goes down to its next count that suits the processor."""
+    space = keep.space
     parts = fields(space, select_layers(space, (), (), dense=False), (), "layer")
-    left = [list(field.groups) for field in parts]
-    least = [max(block, int(np.ceil(FLOOR * len(groups)))) for groups in left]
     gone: frozenset[int] = frozenset()
     whole, found = space.cost().macs, dict[float, Plan]()
     for target in sorted(targets, reverse=True):
         while space.cost(gone).macs > target * whole:
             now, macs, best = table.total(space.term_macs(gone)), space.cost(gone).macs, None
-            for i, groups in enumerate(left):
-                free = [g for g in groups if g not in gone]
-                if len(free) - block < least[i]:
+            for part in parts:
+                after = lower(keep, part, gone)
+                if after is None:
                     continue
-                after = gone | set(free[-block:])
                 saved = (now - table.total(space.term_macs(after))) / max(macs - space.cost(after).macs, 1)
                 if best is None or saved > best[0]:
                     best = (saved, after)
@@ -53,11 +52,26 @@ def by_latency(space: ChannelSpace, table: Table, block: int, targets: list[floa
     return found
 
 
-def even(space: ChannelSpace, model: car.Model, target: float, multiple: int) -> Plan:
-    """The same ratio everywhere, as near to the target as ratios of a hundredth come."""
+def lower(keep: Keep, part: Field, gone: frozenset[int]) -> frozenset[int] | None:
+    """`gone` and as many groups of one layer as take it to its next count; None where a quarter of it is all it has."""
+    layer, free = part.layers[0], [g for g in part.groups if g not in gone]
+    left = part.filters - sum(n for g, n in part.counts.items() if g in gone)
+    least = FLOOR * part.filters
+    while free:
+        group = free.pop()
+        gone, left = gone | {group}, left - part.counts[group]
+        if left < least:
+            return None
+        if keep.suits(layer, left):
+            return gone
+    return None
+
+
+def even(space: ChannelSpace, model: car.Model, target: float) -> Plan:
+    """The same ratio everywhere, counts as they come; that of a few ratios which is nearest to the target."""
     whole = space.cost().macs
     plans = [
-        car.prune(model, criterion="l2", stop=car.Stop(ratio=r), multiple_of=multiple, verify=False).plan
+        car.prune(model, criterion="l2", stop=car.Stop(ratio=r), multiple_of=1, verify=False).plan
         for r in np.sqrt(1 - target) * np.array([0.35, 0.42, 0.5, 0.58, 0.66, 0.75])
     ]
     return min(plans, key=lambda plan: abs(space.cost(plan.groups).macs / whole - target))
@@ -74,11 +88,10 @@ def main() -> None:
     for path in args.models:
         model = car.load(path)
         space = car.analyze(model)
-        width = vector_width("cpu")
-        table = measure_table(space, None, Keep(space, 1, width, True), provider="cpu", threads=1)
-        block = min(width, 4)
-        plans = [("by latency", plan) for plan in by_latency(space, table, block, args.macs).values()]
-        plans += [("even", even(space, model, target, block)) for target in args.macs]
+        keep = Keep(space, 1, vector_width("cpu"), True)
+        table = measure_table(space, None, keep, provider="cpu", threads=1)
+        plans = [("by latency", plan) for plan in by_latency(keep, table, args.macs).values()]
+        plans += [("even", even(space, model, target)) for target in args.macs]
         base, *times = measure(
             [model, *(car.remove(space, plan) for _, plan in plans)], None, provider="cpu", threads=1, runs=args.runs
         )

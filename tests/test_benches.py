@@ -47,3 +47,29 @@ def test_scores_in_full_are_those_of_the_loops():
     pytest.importorskip("torch")
     told = run("engine.py", "score", "--groups=8", "--loops=1")
     assert told.count("0 of 1 counts differ") == 2
+
+
+def test_the_accuracy_table_goes_on_where_it_stopped_and_says_what_is_not_run(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- accuracy_table: begin --><!-- accuracy_table: end -->\nafter\n")
+    net = ("--net", "again", MODEL, "models/digits/onnxcar.toml", "--limit", "again=60", "--right", "again")
+    where = ("--cache", str(tmp_path / "cells.json"), "--page", str(page), "--places", "first")
+    command = [sys.executable, str(ROOT / "scripts" / "accuracy_table.py"), *net, "--only", "again", *where]
+
+    def told(*flags: str) -> str:
+        done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    assert (
+        told("--criteria", "l1", "car", "--ratios", "0.5", "--unrepaired", "--per-step", "again=4").count("again,") == 2
+    )
+    assert told("--criteria", "l1", "car", "--ratios", "0.5", "--per-step", "again=4").count("least-squares") == 2
+    assert told("--criteria", "l1", "car", "--ratios", "0.5").count("again,") == 0  # all known
+    text = page.read_text()
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "filters chosen on 60 images that it gets right" in text
+    assert "Groups removed before candidates are looked at again: car 4." in text
+    assert "Not run: car, l1 at 25%, 75%; class-car, l2" in text
+    assert "### digits\n\nNot run." in text
