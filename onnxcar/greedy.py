@@ -367,24 +367,32 @@ class _Loop:
             rounds = min(rounds, self.stop.steps - self.n_steps)
         return sum(self.chooser.work(n - i * self.per_step) for i in range(rounds))
 
+    def ahead(self, field: Field, n_candidates: int, filters: int | None, later: int) -> int:
+        """Candidate evaluations still to make: of this field and later ones, or in proportion to a target of size."""
+        evaluations = self.estimate(field, n_candidates, filters) + later
+        cost = self.steps[-1].cost if self.steps else self.original
+        for name in ("macs", "params"):
+            share: float | None = getattr(self.stop, f"target_{name}")
+            if share is None:
+                continue
+            whole, now = getattr(self.original, name), getattr(cost, name)
+            if now <= share * whole:
+                now = getattr(self.settled[1], name)  # what is given back for multiples is what is still missing
+            if now < whole:
+                evaluations = min(evaluations, round(self.done * max(0.0, now - share * whole) / (whole - now)))
+        return evaluations
+
     def rest(self, field: Field, later: int) -> Remaining:
         """What is still to do from here: of this field, and of those after it."""
         n = len(self.keep.allowed(field.groups, self.removed))
         filters = None if self.stop.ratio is None else max(0, self.short(field))
-        evaluations = self.estimate(field, n, n if filters is None else filters) + later
-        cost = self.steps[-1].cost if self.steps else self.original
-        for name in ("macs", "params"):
-            share: float | None = getattr(self.stop, f"target_{name}")
-            whole, now = getattr(self.original, name), getattr(cost, name)
-            if share is not None and now < whole:
-                evaluations = min(evaluations, round(self.done * max(0.0, now - share * whole) / (whole - now)))
+        evaluations = self.ahead(field, n, n if filters is None else filters, later)
         pace = self.spent_s / self.spent if self.spent else None
         return Remaining(evaluations, None if pace is None else round(pace * evaluations, 3))
 
     def tell(self, field: Field, later: int, n_candidates: int, filters: int | None) -> None:
         if self.progress is not None:
-            total = self.done + self.estimate(field, n_candidates, filters) + later
-            self.report(total, field.name)
+            self.report(self.done + self.ahead(field, n_candidates, filters, later), field.name)
 
     def report(self, total: int, where: str) -> None:
         if self.progress is not None:

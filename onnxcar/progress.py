@@ -25,13 +25,14 @@ _FIRST_LINE_S, _LATER_LINES_S = 5.0, (10.0, 20.0, 30.0, 60.0)
 class Report(Protocol):
     """Who workers tell how far they are."""
 
-    def update(self, done: float, total: float | None, text: str = "") -> None:
+    def update(self, done: float, total: float | None, text: str = "", unit: str = "") -> None:
         """Take a report.
 
         Args:
-            done: Work done, in any unit.
+            done: Work done, in any unit; less than before where another part of the work begins.
             total: Work in all, in the same unit; may change as more is known. None: unknown.
             text: What is being done, a few words.
+            unit: What is counted, plural, where that is not what the work as a whole is counted in.
         """
 
 
@@ -55,6 +56,7 @@ class Meter:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._first_done: float | None = None
+        self._other = ""  # unit of a part of the work that is counted in another
 
     def __enter__(self) -> Self:
         self._started = self._clock()
@@ -69,9 +71,11 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, done: float, total: float | None, text: str = "") -> None:
+    def update(self, done: float, total: float | None, text: str = "", unit: str = "") -> None:
         """Take a report; see `Report`."""
-        self.done, self.total, self.text = done, total, text or self.text
+        if done < self.done or unit != self._other:
+            self._first_done = None  # another part of the work has a pace of its own
+        self.done, self.total, self.text, self._other = done, total, text or self.text, unit
         if self._first_done is None:
             self._first_done, self._started = done, self._clock()  # replayed steps are no measure of the rate
         if self._console is None:
@@ -102,7 +106,7 @@ class Meter:
         """The state as one line of a log."""
         share = f" {self.done:.0f}" if self.total is None else f" {self.done:.0f}/{self.total:.0f}"
         if self.total:
-            share += f" {self._unit} ({self.done / self.total:.0%})"
+            share += f" {self._other or self._unit} ({self.done / self.total:.0%})"
         parts = [f"{self._title}:{share}", self.text, self.pace(now)]
         return ", ".join(part for part in parts if part)
 

@@ -228,7 +228,7 @@ def _promised(
     last: frozenset[int] = frozenset()
     for groups in sets:
         if progress is not None:
-            progress.update(len(tests), len(sets), f"testing the promise: {len(groups)} groups removed")
+            progress.update(len(tests), len(sets), f"testing the promise: {len(groups)} groups removed", "models")
         score = task.on.evaluate(task.finisher.rebuilt(groups), held, task.metric)
         assert score is not None
         lost, won = promises.flips(base, score)

@@ -332,7 +332,7 @@ def test_progress_counts_candidates_and_never_passes_its_total(space):
     seen = []
 
     class Meter:
-        def update(self, done, total, text=""):
+        def update(self, done, total, text="", unit=""):
             seen.append((done, total, text))
 
     search(space, Stop(ratio=0.5), progress=Meter())
@@ -341,6 +341,24 @@ def test_progress_counts_candidates_and_never_passes_its_total(space):
     assert len({total for _, total, _ in seen}) == 1
     assert "groups removed" in seen[-1][2]
     assert "drop" in seen[-1][2]
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_progress_toward_a_target_is_told_in_proportion_to_what_is_still_to_go(space, multiple):
+    seen = []
+
+    class Meter:
+        def update(self, done, total, text="", unit=""):
+            seen.append((done, total))
+
+    path = search(space, Stop(target_macs=0.4), scope="global", multiple=multiple, progress=Meter())
+    assert path.stopped == "target_macs"
+    whole, in_all = seen[0][1], seen[-1][0]
+    assert whole == 14 * 15 / 2  # at first nothing is known but all groups there are
+    told = [total for _, total in seen[len(seen) // 2 :]]
+    assert max(told) < 0.85 * whole
+    assert max(told) < 1.25 * in_all
+    assert all(total >= done for done, total in seen)
 
 
 @pytest.mark.parametrize(

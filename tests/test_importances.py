@@ -111,7 +111,7 @@ def test_progress_reaches_every_layer(residual, data):
     seen = []
 
     class Told:
-        def update(self, done, total, text=""):
+        def update(self, done, total, text="", unit=""):
             seen.append((done, total, text))
 
     importance(from_proto(residual), data, threads=1, progress=Told())

@@ -62,6 +62,24 @@ def test_replayed_work_does_not_count_as_pace():
     assert meter.pace(10.0) == "1/s, 1 min 30 s left"
 
 
+def test_every_part_of_the_work_has_a_pace_and_a_unit_of_its_own():
+    console, clock = log(), Clock()
+    with Meter(console, "pruning", "evaluations", clock) as meter:
+        meter.update(0, 100, "conv1")
+        clock.now = 1000.0
+        meter.update(100, 100)
+        meter.update(0, 10, "recovery", "layers")
+        clock.now = 1002.0
+        meter.update(1, 10, "recovery, fc", "layers")
+        assert meter.line(1002.0) == "pruning: 1/10 layers (10%), recovery, fc, 2 s each, 18 s left"
+        meter.update(2, 10, "testing", "models")  # further on, but of something else
+        clock.now = 1003.0
+        meter.update(3, 10, "testing", "models")
+        assert meter.line(1003.0) == "pruning: 3/10 models (30%), testing, 1/s, 7.0 s left"
+        meter.update(0, 10, "testing", "models")
+        assert meter.pace(1004.0) == ""
+
+
 def test_unknown_total_has_no_eta():
     console, clock = log(), Clock()
     with Meter(console, "scoring", "groups", clock) as meter:

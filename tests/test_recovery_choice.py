@@ -114,7 +114,7 @@ class Told:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def update(self, done: float, total: float | None, text: str = "") -> None:
+    def update(self, done: float, total: float | None, text: str = "", unit: str = "") -> None:
         assert total is not None
         assert 0 <= done <= total
         self.texts.append(text)

@@ -85,7 +85,7 @@ def test_a_promise_needs_enough_data_and_says_so_before_the_search(digits):
     seen = []
 
     class Meter:
-        def update(self, done, total, text=""):
+        def update(self, done, total, text="", unit=""):
             seen.append(text)
 
     with pytest.raises(DataError, match="2019 in all, and there are 400"):

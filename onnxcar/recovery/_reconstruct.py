@@ -242,7 +242,7 @@ class Reconstruction:
         for start in range(0, self._n, size):
             if self._progress is not None:
                 text = "inputs of all layers" if self.passes == 1 else f"inputs of layers, pass {number + 1}"
-                self._progress.update(number * self._n + start, self.passes * self._n, text)
+                self._progress.update(number * self._n + start, self.passes * self._n, text, "samples")
             values = values_of(self._feeds(start, size))
             for i, layer in layers:
                 x, y = values[layer.input], values[layer.output]
@@ -284,7 +284,7 @@ class Reconstruction:
         found: dict[str, float] = {}
         for i, layer in enumerate(self._readers):
             if self._progress is not None:
-                self._progress.update(i, len(self._readers), f"what errors in {layer.node} cost")
+                self._progress.update(i, len(self._readers), f"what errors in {layer.node} cost", "layers")
             for _ in stream.run([], layer.output):
                 pass
             lost, halved = 0.0, []

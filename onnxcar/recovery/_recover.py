@@ -226,7 +226,7 @@ class _Work:
         changed = False
         for i, job in enumerate(jobs):
             if self.progress is not None:
-                self.progress.update(i, len(jobs), f"recovery, {job.node}")
+                self.progress.update(i, len(jobs), f"recovery, {job.node}", "layers")
             if isinstance(job, Norm):
                 fit, patch = self._norm(job, i, stream, targets[i])
             elif self.method == "bias":
