@@ -30,7 +30,7 @@ _EXPORTS = {
     "OutputError": "errors",
     "Plan": "surgery",
     "PlanError": "errors",
-    "Preprocess": "preprocess",
+    "Preprocess": "data",
     "Protected": "channels",
     "Run": "search",
     "RuntimeMissingError": "errors",

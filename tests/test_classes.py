@@ -15,10 +15,10 @@ import onnxcar as car
 from onnxcar.classes import KEY, Kept, common, fitted, kept_by, resolve
 from onnxcar.cli import app
 from onnxcar.data import Dataset, Npz
+from onnxcar.data._sources import ArraySource
 from onnxcar.errors import DataError, ModelError
 from onnxcar.model import from_proto
 from onnxcar.search import prune, write
-from onnxcar.sources import ArraySource
 from onnxcar.steps import Stop
 from onnxcar.surgery import Plan, keep_outputs, remove
 

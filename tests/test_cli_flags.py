@@ -103,7 +103,7 @@ def test_config_tables_name_commands_that_exist_or_will():
 
 def test_names_written_out_are_those_of_the_tables():
     from onnxcar.criteria import CRITERIA
-    from onnxcar.preprocess import INTERPOLATIONS, PRESETS
+    from onnxcar.data import INTERPOLATIONS, PRESETS
 
     assert set(options.CRITERIA) == set(CRITERIA)
     assert set(options.PRESETS) == set(PRESETS)

@@ -9,8 +9,8 @@ import pytest
 
 from onnxcar import cli
 from onnxcar.config import COMMANDS, KEYS, defaults, find, load
+from onnxcar.data import PRESETS
 from onnxcar.errors import ConfigError
-from onnxcar.preprocess import PRESETS
 
 EVERYTHING = """
 [data]

@@ -15,11 +15,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onnxcar import data_files, dataset, pixel_cache
-from onnxcar.data import DataWarning, FromCallable, ImageFolder, ListFile, Npz, open_dataset, overlap
+from onnxcar.data import (
+    DataWarning,
+    FromCallable,
+    ImageFolder,
+    ListFile,
+    Npz,
+    Preprocess,
+    _dataset,
+    _files,
+    _pixel_cache,
+    open_dataset,
+    overlap,
+)
+from onnxcar.data._sources import FileSource
 from onnxcar.errors import ConfigError, DataError
-from onnxcar.preprocess import Preprocess
-from onnxcar.sources import FileSource
 
 RNG = np.random.default_rng(5)
 PIXELS = RNG.integers(0, 256, (6, 8, 7, 3), np.uint8)
@@ -328,8 +338,8 @@ def test_any_damage_to_a_compressed_npz_is_a_data_error(tmp_path: Path, seed: in
 def test_large_npz_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = npz(tmp_path, images=PIXELS, labels=LABELS)
     whole = open_dataset(path)
-    monkeypatch.setattr(data_files, "_MAPPED_BYTES", 100)
-    images, _, _ = data_files.read_npz(path)
+    monkeypatch.setattr(_files, "_MAPPED_BYTES", 100)
+    images, _, _ = _files.read_npz(path)
     assert isinstance(images, np.memmap)
     assert open_dataset(path).sha256 == whole.sha256
     np.testing.assert_array_equal(open_dataset(path).inputs([0, 5])[""], whole.inputs([0, 5])[""])
@@ -455,7 +465,7 @@ def test_code_that_cannot_be_used_is_one_message(
 
 
 def test_endless_callable_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxcar.data.DISK_BYTES", 10_000)
+    monkeypatch.setattr("onnxcar.data._open.DISK_BYTES", 10_000)
 
     def endless() -> Iterator[Any]:
         while True:
@@ -516,10 +526,10 @@ class _Counted(FileSource):
         return super().pixels(indices, pre, threads)
 
 
-def counted(folder: Path, n: int, memory_bytes: int) -> tuple[_Counted, dataset.Dataset]:
+def counted(folder: Path, n: int, memory_bytes: int) -> tuple[_Counted, _dataset.Dataset]:
     pixels = np.random.default_rng(0).integers(0, 256, (n, 10, 10, 3), np.uint8)
     source = _Counted([save(folder / f"{i}.png", image) for i, image in enumerate(pixels)])
-    return source, dataset.Dataset(
+    return source, _dataset.Dataset(
         source, np.arange(n) % 3, path="x", preprocess=Preprocess(size=8), memory_bytes=memory_bytes
     )
 
@@ -556,7 +566,7 @@ def test_what_exceeds_memory_goes_to_disk_and_is_found_again(tmp_path: Path, cac
 def test_a_set_that_is_worth_it_is_found_by_the_next_process(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixel_cache, "WORTH_BYTES", 6 * 8 * 8 * 3)
+    monkeypatch.setattr(_pixel_cache, "WORTH_BYTES", 6 * 8 * 8 * 3)
     source, data = counted(tmp_path, 6, 1 << 20)
     want = data.inputs(np.arange(6))[""]
     assert len([p for p in cache.rglob("*") if p.is_file()]) == 2
@@ -570,7 +580,7 @@ def test_a_set_that_is_worth_it_is_found_by_the_next_process(
 def test_a_small_part_of_a_set_leaves_nothing_on_disk(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixel_cache, "WORTH_BYTES", 0)
+    monkeypatch.setattr(_pixel_cache, "WORTH_BYTES", 0)
     _, data = counted(tmp_path, 6, 1 << 20)
     data.subset([0, 1]).inputs(np.arange(2))
     assert not list(cache.iterdir())
@@ -591,7 +601,7 @@ def test_beyond_the_disk_bound_images_are_decoded_again(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = 8 * 8 * 3
-    monkeypatch.setattr(dataset, "DISK_BYTES", 4 * one)
+    monkeypatch.setattr(_dataset, "DISK_BYTES", 4 * one)
     source, data = counted(tmp_path, 10, one)
     want = data.inputs(np.arange(10))[""]
     np.testing.assert_array_equal(data.inputs(np.arange(10))[""], want)
@@ -614,7 +624,7 @@ def test_old_caches_make_room(tmp_path: Path, cache: Path, monkeypatch: pytest.M
     old = cache / "old"
     old.mkdir()
     (old / "pixels").write_bytes(bytes(100_000))
-    monkeypatch.setattr(dataset, "DISK_BYTES", 50_000)
+    monkeypatch.setattr(_dataset, "DISK_BYTES", 50_000)
     _, data = counted(tmp_path, 3, 0)
     data.inputs([0])
     assert not old.exists() or sys.platform == "win32"
@@ -624,7 +634,7 @@ def test_old_caches_make_room(tmp_path: Path, cache: Path, monkeypatch: pytest.M
 def test_preprocessing_is_part_of_what_is_kept(tmp_path: Path) -> None:
     _, data = counted(tmp_path, 4, 0)
     small = data.for_input(("N", 3, 8, 8)).inputs([0])[""]
-    other = dataset.Dataset(
+    other = _dataset.Dataset(
         data._source, data.labels, path="x", preprocess=Preprocess(size=8, crop_pct=0.5), memory_bytes=0
     )
     assert not np.array_equal(other.inputs([0])[""], small)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onnxcar.data import Dataset, FromCallable, open_dataset
-from onnxcar.preprocess import Preprocess
+from onnxcar.data import Dataset, FromCallable, Preprocess, open_dataset
 from onnxcar.testing.data_sources import DataSourceTestCase
 
 RNG = np.random.default_rng(3)

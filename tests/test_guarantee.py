@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from onnxcar.data import Dataset
+from onnxcar.data._sources import ArraySource
 from onnxcar.errors import DataError, PlanError
 from onnxcar.guarantee import METRICS, NUISANCE, check, images_needed, p_value, split
-from onnxcar.sources import ArraySource
 
 
 def exact_tail(s, n, gain, drop):

@@ -17,11 +17,11 @@ PACKAGE = Path(onnxcar.__file__).parent
 
 # Data flows one way: a room imports only from rooms on lines above its own, or from its own line.
 FLOORS = [
-    {"errors", "stats", "pixel_cache", "executors", "progress"},
+    {"errors", "stats", "executors", "progress"},
     {"_tensors", "_wall", "_skeleton", "model", "_params"},
     {"facts", "_graphs"},
     {"_libraries", "_half", "_providers", "_device", "runtime", "metrics"},
-    {"preprocess", "preprocess_files", "images", "data_files", "data_calls", "sources", "dataset", "data", "testing"},
+    {"data", "testing"},
     {"channels", "ledger", "config", "journal", "classes", "bootstrap"},
     {"rules"},
     {"surgery"},

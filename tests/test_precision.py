@@ -13,11 +13,10 @@ from onnx import TensorProto, numpy_helper
 from onnxcar import _providers, runtime
 from onnxcar._device import Buffer
 from onnxcar._half import half
-from onnxcar.data import Npz
+from onnxcar.data import Npz, Preprocess
 from onnxcar.errors import DataError, ModelError, RuntimeMissingError
 from onnxcar.importances import importance
 from onnxcar.model import from_proto, load
-from onnxcar.preprocess import Preprocess
 from onnxcar.scoring import Scorer, check_precision
 from onnxcar.search import prune
 from onnxcar.steps import Stop

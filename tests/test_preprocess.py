@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from onnxcar.data import PRESETS, Preprocess
+from onnxcar.data._images import decode, fit, normalize, to_channels
 from onnxcar.errors import ConfigError, DataError
-from onnxcar.images import decode, fit, normalize, to_channels
-from onnxcar.preprocess import PRESETS, Preprocess
 
 RGB = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), np.uint8)
 

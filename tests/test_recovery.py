@@ -8,15 +8,14 @@ import pytest
 from onnx import numpy_helper
 
 from onnxcar.channels import ChannelSpace
-from onnxcar.dataset import Dataset
+from onnxcar.data import Dataset, Preprocess
+from onnxcar.data._sources import ArraySource
 from onnxcar.errors import DataError, PlanError
 from onnxcar.model import Model, from_proto
-from onnxcar.preprocess import Preprocess
 from onnxcar.recovery import METHODS, LayerFit, Recovered, recover
 from onnxcar.recovery._stream import Stream
 from onnxcar.rules import analyze
 from onnxcar.runtime import open_network
-from onnxcar.sources import ArraySource
 from onnxcar.surgery import Plan, remove
 from tests.graphs import Net, assert_valid, feeds, run, weights_of
 

@@ -17,11 +17,10 @@ import pytest
 
 import onnxcar
 from onnxcar import surgery
-from onnxcar.data import Npz, open_dataset
+from onnxcar.data import Npz, Preprocess, open_dataset
 from onnxcar.errors import DataError, JournalError, OutputError, PlanError
 from onnxcar.greedy import Stop
 from onnxcar.model import from_proto, load, save
-from onnxcar.preprocess import Preprocess
 from onnxcar.rules import analyze
 from onnxcar.search import prune, write
 from onnxcar.surgery import Plan

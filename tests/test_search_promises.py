@@ -35,7 +35,7 @@ def both():
     """All 900 images of the digits as one data set: enough for a promise of 2 %."""
     a, b = npz("select.npz"), npz("test.npz")
     x = np.concatenate([p.inputs(np.arange(len(p)))[""] for p in (a, b)])
-    from onnxcar.sources import ArraySource
+    from onnxcar.data._sources import ArraySource
 
     return Dataset(ArraySource({"": x}, "both"), np.concatenate([a.labels, b.labels]), path="both")
 

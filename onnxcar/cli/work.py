@@ -168,8 +168,7 @@ def open_data(params: Mapping[str, Any], model: Model, path: str | None = None, 
         path: Another data set (test data): ``--limit`` is not about it.
         labelled: False where labels are not needed.
     """
-    from onnxcar.data import open_dataset
-    from onnxcar.preprocess import Preprocess
+    from onnxcar.data import Preprocess, open_dataset
     from onnxcar.runtime import batch_inputs
 
     inputs = batch_inputs(model)

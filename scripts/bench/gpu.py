@@ -33,9 +33,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxcar.channels import ChannelSpace
-from onnxcar.data import Dataset, FromCallable, open_dataset
+from onnxcar.data import Dataset, FromCallable, Preprocess, open_dataset
 from onnxcar.model import Model, from_proto, load
-from onnxcar.preprocess import Preprocess
 from onnxcar.rules import analyze
 from onnxcar.runtime import Provider, batch_inputs, open_network, resolve_provider, session
 from onnxcar.scoring import Scorer, check_precision

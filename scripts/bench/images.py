@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from onnxcar.data import Dataset, open_dataset
+from onnxcar.data import INTERPOLATIONS, PRESETS, Dataset, Preprocess, open_dataset
 from onnxcar.model import Model
-from onnxcar.preprocess import INTERPOLATIONS, PRESETS, Preprocess
 from onnxcar.runtime import batch_inputs
 
 __all__ = ["PARTS", "add_data", "flags", "open_data"]

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from onnxcar.data._preprocess import INTERPOLATIONS, Preprocess
 from onnxcar.errors import ConfigError
-from onnxcar.preprocess import INTERPOLATIONS, Preprocess
 
 __all__ = ["read"]
 

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from onnxcar.data._images import Pixels, decode, fit, to_channels
+from onnxcar.data._preprocess import Preprocess
 from onnxcar.errors import DataError
-from onnxcar.images import Pixels, decode, fit, to_channels
-from onnxcar.preprocess import Preprocess
 
 __all__ = ["ArraySource", "FileSource", "PixelArray", "Source", "array_source"]
 

@@ -2,7 +2,7 @@
 
 A :class:`Preprocess` says how an image is resized, cropped and normalised. It comes from a preset, from the
 `preprocessor_config.json` of Hugging Face, from the `config.json` of timm, or from single parts, and it is plain data:
-the pixel work is done in `onnxcar.images`.
+the pixel work is done in `onnxcar.data._images`.
 
 The arithmetic is `(pixel / scale - mean) / std` in float32, per channel, in the channel order that the network wants.
 
@@ -140,7 +140,7 @@ class Preprocess:
         Raises:
             ConfigError: The file is missing, is not JSON, or asks for a step that is not supported.
         """
-        from onnxcar.preprocess_files import read  # it builds Preprocess objects, so it imports this module
+        from onnxcar.data._preprocess_files import read  # it builds Preprocess objects, so it imports this module
 
         return read(Path(path))
 

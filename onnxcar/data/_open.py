@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxcar import data_files
-from onnxcar.data_calls import collect, load_callable
-from onnxcar.dataset import DISK_BYTES, MEMORY_BYTES, Dataset, DataWarning
+from onnxcar.data import _files
+from onnxcar.data._calls import collect, load_callable
+from onnxcar.data._dataset import DISK_BYTES, MEMORY_BYTES, Dataset, DataWarning
+from onnxcar.data._preprocess import Preprocess
+from onnxcar.data._sources import ArraySource, FileSource, array_source
 from onnxcar.errors import DataError
-from onnxcar.preprocess import Preprocess
-from onnxcar.sources import ArraySource, FileSource, array_source
 
 __all__ = ["DataWarning", "Dataset", "FromCallable", "ImageFolder", "ListFile", "Npz", "open_dataset", "overlap"]
 
@@ -55,7 +55,7 @@ class ImageFolder(Dataset):
         **options: Any,
     ) -> None:
         """Scan the folder; no image is opened yet."""
-        found = data_files.scan_folder(Path(path), labelled=labelled)
+        found = _files.scan_folder(Path(path), labelled=labelled)
         labels, classes = _shifted(found.labels, found.classes, label_offset)
         source = FileSource(found.paths)
         super().__init__(source, labels, path=str(path), preprocess=preprocess, classes=classes, **options)
@@ -86,7 +86,7 @@ class ListFile(Dataset):
         **options: Any,
     ) -> None:
         """Read the list; no image is opened yet."""
-        found = data_files.read_list(Path(path), labelled=labelled)
+        found = _files.read_list(Path(path), labelled=labelled)
         labels, classes = _shifted(found.labels, found.classes, label_offset)
         source = FileSource(found.paths)
         super().__init__(source, labels, path=str(path), preprocess=preprocess, classes=classes, **options)
@@ -117,7 +117,7 @@ class Npz(Dataset):
         **options: Any,
     ) -> None:
         """Read the labels, and the images unless they are so large that they are mapped."""
-        images, values, names = data_files.read_npz(Path(path), labelled=labelled)
+        images, values, names = _files.read_npz(Path(path), labelled=labelled)
         labels, classes = _shifted(values, names, label_offset)
         source = array_source(images, str(path))
         super().__init__(source, labels, path=str(path), preprocess=preprocess, classes=classes, **options)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from onnxcar import data_files
+from onnxcar.data import _files
+from onnxcar.data._images import normalize
+from onnxcar.data._pixel_cache import PixelCache
+from onnxcar.data._preprocess import Preprocess
+from onnxcar.data._sources import ArraySource, PixelArray, Source
 from onnxcar.errors import DataError, OnnxcarWarning
-from onnxcar.images import normalize
-from onnxcar.pixel_cache import PixelCache
-from onnxcar.preprocess import Preprocess
-from onnxcar.sources import ArraySource, PixelArray, Source
 
 __all__ = ["DataWarning", "Dataset"]
 
@@ -75,7 +75,7 @@ class Dataset:
             DataError: Labels of another number, shape or type, or not finite.
         """
         self._source = source
-        self._threads = threads or data_files.n_cores()
+        self._threads = threads or _files.n_cores()
         self._memory_bytes = memory_bytes
         self._sha256: str | None = None
         self.path = path
@@ -243,7 +243,7 @@ class Dataset:
             DataError: No labels, regression targets, a label outside [0, n_classes), or one class only.
         """
         if not self.has_labels:
-            raise DataError(f"'{self.path}' has no labels. {data_files.LABEL_REMEDY}", path=self.path)
+            raise DataError(f"'{self.path}' has no labels. {_files.LABEL_REMEDY}", path=self.path)
         if self.labels.ndim > 1:
             raise DataError(
                 f"'{self.path}' has float targets (regression). Use a regression metric (--metric r2), "

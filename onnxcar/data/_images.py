@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from onnxcar.data._preprocess import INTERPOLATIONS, Preprocess
 from onnxcar.errors import DataError
-from onnxcar.preprocess import INTERPOLATIONS, Preprocess
 
 __all__ = ["decode", "fit", "normalize", "to_channels"]
 
