@@ -19,6 +19,7 @@ from onnxcar.errors import PlanError
 from onnxcar.recovery._layers import Graph, Linear, linear_layers
 from onnxcar.recovery._measures import Distance
 from onnxcar.recovery._patches import Array, sampled, windows
+from onnxcar.recovery._release import release
 from onnxcar.recovery._samples import draw
 from onnxcar.recovery._shelf import Arrays, Shelf
 from onnxcar.recovery._solve import Normal
@@ -92,6 +93,8 @@ class Reconstruction:
         n = len(data) // fixed * fixed if fixed else len(data)
         self._data, self._n = data, n
         self._each = self._bytes(few)
+        # What a run holds besides: activations of a convolutional network take some ten times its input.
+        self._alone = max(1, 10 * sum(v[:1].nbytes for v in few.values()))
         self._means: dict[int, tuple[Array, Array]] = {}  # reader -> means of inputs (blocks, d), outputs (blocks, m)
         self._shelf = Shelf(self._memory // 2)
         self._left: dict[int, set[int]] = {layer.index: set() for layer in self._readers}
@@ -103,6 +106,7 @@ class Reconstruction:
             for number, part in enumerate(parts):
                 self._sum_up(part, number, seed)
             self.weights = self._weigh()
+        release()
 
     def importances(self, removed: frozenset[int]) -> npt.NDArray[np.float64]:
         """Rise of the outputs' squared distance, over their variance, that removing each group next would bring.
@@ -223,7 +227,7 @@ class Reconstruction:
         """Samples of a run: the largest power of two, or the network's own, whose activations fit."""
         if self._network.fixed:
             return self._network.fixed
-        each = max(1, sum(self._each[self._readers[i].index] for i in part))
+        each = max(self._alone, sum(self._each[self._readers[i].index] for i in part))
         size = CHUNK
         while size > 1 and size * each > self._memory // 4:
             size //= 2

@@ -18,6 +18,7 @@ from onnxcar.progress import Report
 from onnxcar.recovery._layers import Graph, Linear, Norm, inverse, linear_layers, norms
 from onnxcar.recovery._measures import Distance, Moments
 from onnxcar.recovery._patches import Array, sampled, windows
+from onnxcar.recovery._release import release
 from onnxcar.recovery._result import LayerFit, Recovered
 from onnxcar.recovery._samples import Samples, deal
 from onnxcar.recovery._solve import Normal, best
@@ -81,6 +82,7 @@ def recover(
     """
     if method not in METHODS:
         raise PlanError(f"There is no recovery {method!r}. Take one of {', '.join(METHODS)}.")
+    release()  # what the choice of filters took
     # threads of a linear algebra library that spin beside another busy process cost more than they give
     with threadpool_limits(limits=threads, user_api="blas"):
         work = _Work(space, plan, compact, data, method, provider, threads, batch_size, memory_bytes, seed, progress)
@@ -221,6 +223,8 @@ class _Work:
 
     def run(self) -> Recovered:
         targets, logits, before = self._aims()
+        del self.old  # it has said all there is to say
+        release()
         stream = Stream(self.new, self.compact, self._inputs, len(self.samples.chunks), self.memory, self.provider)
         jobs = self._jobs()
         changed = False

@@ -65,10 +65,17 @@ class Normal:
             weights: (blocks, d, m).
             bias: (blocks, m).
         """
-        fit = (weights * (self.xx @ weights)).sum(1) - 2 * (weights * self.xt).sum(1) + self.tt
+        fit = (weights * self._times(weights)).sum(1) - 2 * (weights * self.xt).sum(1) + self.tt
         mean = (self.x[:, None, :] @ weights)[:, 0]
         fit += 2 * bias * (mean - self.t) + self.n * np.square(bias)
         return float(np.maximum(fit, 0).sum()) / max(self.n, 1)
+
+    def _times(self, weights: Array) -> Array:
+        """`xx` times weights, without another matrix of its size where one triangle is all there is."""
+        if self._half.shape[1] < _LARGE:
+            return np.asarray(self._half @ weights)
+        product = scipy.linalg.blas.dsymm
+        return np.stack([product(1.0, half.T, w) for half, w in zip(self._half, weights, strict=True)])
 
     def spread(self) -> float:
         """Variance of the targets, summed over filters: what an error is measured against."""
@@ -84,22 +91,36 @@ class Normal:
         """The best bias for these weights, (blocks, m)."""
         return (self.t - (self.x[:, None, :] @ weights)[:, 0]) / max(self.n, 1)
 
-    def solve(self, near: Array, ridge: float) -> Array:
-        """Weights (blocks, d, m) of least squared distance plus ridge toward `near`; the bias is free.
 
-        W = W0 + (X'X + ridge v I)^-1 X'(T - X W0) with centred X and T, v the mean variance of an input.
+class Ridge:
+    """Ridge regression of one fit at any strength: what does not depend on the strength is computed once.
+
+    W = W0 + (X'X + ridge v I)^-1 X'(T - X W0) with centred X and T, v the mean variance of an input; the bias is free.
+
+    Args:
+        fit: Rows to fit on.
+        near: W0, (blocks, d, m).
+    """
+
+    def __init__(self, fit: Normal, near: Array) -> None:
+        self._near, self._gram = near, fit.centred()
+        self._right = fit.xt - fit.x[:, :, None] * fit.t[:, None, :] / max(fit.n, 1) - self._gram @ near
+        self._scale = np.trace(self._gram, axis1=1, axis2=2) / self._gram.shape[1]
+
+    def solve(self, ridge: float) -> Array:
+        """Weights (blocks, d, m); infinite strength leaves W0.
+
+        Raises:
+            LinAlgError: The equations are singular at this strength.
         """
+        out = self._near.copy()
         if np.isinf(ridge):
-            return near
-        gram = self.centred()
-        right = self.xt - self.x[:, :, None] * self.t[:, None, :] / max(self.n, 1) - gram @ near
-        out = near.copy()
-        d = gram.shape[1]
-        for b in range(len(gram)):
-            scale = float(np.trace(gram[b])) / d
+            return out
+        for gram, right, scale, weights in zip(self._gram, self._right, self._scale.tolist(), out, strict=True):
             if scale > 0:
-                held = gram[b] + ridge * scale * np.eye(d)
-                out[b] += scipy.linalg.solve(held, right[b], assume_a="pos", check_finite=False)
+                held = gram.copy().T  # the same matrix, laid out as LAPACK wants it, which works in place
+                held.flat[:: len(held) + 1] += ridge * scale
+                weights += scipy.linalg.solve(held, right, assume_a="pos", check_finite=False, overwrite_a=True)
         return out
 
 
@@ -138,9 +159,10 @@ def best(
     spread = held.spread() or 1.0
     before = held.error(near, bias)
     found = Solution(near, bias, None, before / spread, before / spread)
+    regression = Ridge(fit, near)
     for ridge in ridges:
         try:
-            weights = fit.solve(near, ridge)
+            weights = regression.solve(ridge)
         except np.linalg.LinAlgError:
             continue  # singular at this strength; a stronger one is not
         if not np.isfinite(weights).all():

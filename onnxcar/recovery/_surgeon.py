@@ -8,6 +8,7 @@ derivatives for network pruning; for layers Dong et al. 2017, arXiv:1705.07565).
 from __future__ import annotations
 
 import numpy as np
+import scipy.linalg
 
 from onnxcar.recovery._patches import Array
 
@@ -16,8 +17,17 @@ RIDGE = 1e-3  # on the diagonal of the second moments, as a share of their mean
 
 def inverse(moments: Array) -> Array:
     """Inverse of second moments (d, d), their diagonal raised by a share of its mean."""
-    scale = float(np.trace(moments)) / len(moments) or 1.0
-    return np.asarray(np.linalg.inv(moments + RIDGE * scale * np.eye(len(moments))))
+    raised = np.array(moments, np.float64)
+    raised.flat[:: len(raised) + 1] += RIDGE * (float(np.trace(moments)) / len(moments) or 1.0)
+    # By Cholesky: half of the work of a general inverse. The transpose is the same matrix, laid out as LAPACK wants it.
+    factor, failed = scipy.linalg.lapack.dpotrf(raised.T, overwrite_a=True, clean=True)
+    if failed:
+        return np.asarray(np.linalg.inv(raised))
+    half, _ = scipy.linalg.lapack.dpotri(factor, overwrite_c=True)
+    found = np.ascontiguousarray(half.T)
+    for i in range(len(found)):
+        found[i, i + 1 :] = found[i + 1 :, i]  # dpotri fills one triangle
+    return found
 
 
 class Surgeon:
@@ -62,7 +72,9 @@ class Surgeon:
         across = self.inverse[:, at]
         inner = across[at].copy()
         self.weights -= across @ np.linalg.solve(inner, self.weights[at])
-        self.inverse -= across @ np.linalg.solve(inner, across.T)
+        # In place: another matrix of its size costs more than the product. BLAS counts rows and columns the other way.
+        solved = np.linalg.solve(inner, across.T)
+        scipy.linalg.blas.dgemm(-1.0, solved.T, across.T, beta=1.0, c=self.inverse.T, overwrite_c=True)
         self.weights[at] = 0
         self.inverse[at] = 0
         self.inverse[:, at] = 0
