@@ -73,3 +73,22 @@ def test_the_accuracy_table_goes_on_where_it_stopped_and_says_what_is_not_run(tm
     assert "Groups removed before candidates are looked at again: car 4." in text
     assert "Not run: car, l1 at 25%, 75%; class-car, l2" in text
     assert "### digits\n\nNot run." in text
+
+
+def test_exchanges_never_lose_a_right_answer_and_end():
+    script = str(ROOT / "scripts" / "exchange.py")
+    command = [
+        sys.executable,
+        script,
+        MODEL,
+        "models/digits/onnxcar.toml",
+        "--limit=60",
+        "--criterion=l1",
+        "--threads=1",
+    ]
+    done = subprocess.run([*command, "--ratio=0.4"], cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = [line.split("|")[1:3] for line in done.stdout.splitlines() if line.startswith(("| l1", "| an exchange"))]
+    right = [int(n) for _, n in rows]
+    assert rows[0][0].strip() == "l1"
+    assert len(right) > 1  # the norm's choice can be bettered
+    assert right == sorted(right)
