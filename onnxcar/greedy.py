@@ -19,6 +19,7 @@ from onnxcar.progress import Report
 from onnxcar.scope import Field, Keep
 from onnxcar.steps import TINY, Check, Choice, Chooser, Clock, Mark, Path, Remaining, Step, Stop
 
+TARGETS = ("target_macs", "target_params", "target_latency")
 CHECKS = 6  # measurements of a network on the way to a target latency
 FURTHER = 0.98  # after one that missed, the prediction has to fall at least so far
 
@@ -69,6 +70,7 @@ def walk(
 def retreat(space: ChannelSpace, path: Path, keep: Keep) -> Path:
     """The path without its last removal, and without what then is no multiple any more; its last score is unknown."""
     groups = [step.group for step in path.steps[:-1]]
+    keep = replace(keep, widths=path.widths)
     return shorten(space, path, frozenset(groups) - keep.given_back(groups, keep.all_layers()))
 
 
@@ -90,6 +92,7 @@ def prefixes(path: Path, keep: Keep) -> list[frozenset[int]]:
     """
     found: list[frozenset[int]] = []
     gone: list[int] = []
+    keep = replace(keep, widths=path.widths)
     layers = keep.all_layers()
     for i, step in enumerate(path.steps):
         gone.append(step.group)
@@ -152,18 +155,21 @@ class _Loop:
             if number >= len(self.fields) and (field.layers in dropped or self.short(field) <= 0):
                 continue
             stopped = self.exhaust(field, sum(self.estimate(later) for later in self.fields[number + 1 :]))
+            if self.stop.max_drop is not None and stopped not in TARGETS:
+                self.keep = self.keep.holding([step.group for step in self.steps], self.keep.touched(field.groups))
             self.settle(field.layers)
             self.close()
             if stopped == "max_drop":
                 dropped.add(field.layers)
-            if stopped in ("steps", "target_macs", "target_params", "target_latency", "time_limit"):
+            if stopped in (*TARGETS, "steps", "time_limit"):
                 break
         self.settle(self.keep.all_layers())
         if self.stop.max_drop is not None:
             self.keep_promise(self.stop.max_drop)
         self.close()
         self.report(self.done, stopped)
-        return Path(tuple(self.steps), _sorted(self.back), base, stopped, tuple(self.checks), self.remaining)
+        back, checks = _sorted(self.back), tuple(self.checks)
+        return Path(tuple(self.steps), back, base, stopped, checks, self.remaining, dict(self.keep.widths))
 
     def exhaust(self, field: Field, later: int) -> str:
         """Remove groups of one field until a rule bites; its name.

@@ -74,12 +74,13 @@ def path_entries(space: ChannelSpace, path: Path | None) -> dict[str, Any]:
     """How the search went: the removals that stand, those that were given back, what ended it, what was left to do.
 
     `given_back` holds removals that were undone for a multiple or a promise; at global scope the scores of the steps
-    after one were counted without it.
+    after one were counted without it. `widths` are the vector widths that layers took instead of the provider's.
     """
     return {
         "stopped": "plan" if path is None else path.stopped,
         "steps": [] if path is None else [step.to_json(space) for step in path.steps],
         "given_back": [] if path is None else [step.to_json(space) for step in path.given_back],
+        "widths": {} if path is None else {space.layers[i].node: n for i, n in sorted(path.widths.items())},
         "remaining": None if path is None or path.remaining is None else asdict(path.remaining),
     }
 

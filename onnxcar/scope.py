@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import platform
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -179,6 +179,7 @@ class Keep:
     min_filters: int = 1
     multiple_of: int = 1
     by_width: bool = False
+    widths: Mapping[int, int] = field(default_factory=dict)  # of single layers, instead of `multiple_of`
 
     @cached_property
     def _counts(self) -> list[dict[int, int]]:
@@ -216,16 +217,11 @@ class Keep:
         saves no time, and read fewer channels than one width only out of the plain layout: what that reordering costs
         pays off where each value is read many times (docs/benchmarks.md, "Latency against MACs").
         """
-        if count == self.space.layers[layer].filters or count % self.multiple_of == 0:
+        width = self.widths.get(layer, self.multiple_of)
+        if count == self.space.layers[layer].filters or count % width == 0:
             return True
-        return count in self._narrow and layer not in self._pointwise
-
-    @cached_property
-    def _narrow(self) -> frozenset[int]:
-        """Counts below one width that may do."""
-        if not self.by_width:
-            return frozenset()
-        return frozenset(self.multiple_of // part for part in (2, 4) if self.multiple_of // part >= NARROWEST)
+        narrow = {width // part for part in (2, 4) if width // part >= NARROWEST} if self.by_width else set()
+        return count in narrow and layer not in self._pointwise
 
     @cached_property
     def _pointwise(self) -> frozenset[int]:
@@ -258,6 +254,33 @@ class Keep:
                     for index, number in self._counts[group].items():
                         left[index] += number
         return back
+
+    def holding(self, path: Sequence[int], layers: Collection[int]) -> Keep:
+        """The same with the widest width for some layers at which half of what a path saves there can stay.
+
+        Half of the MACs that it saves at the narrowest width, 4: a search that may cost so much accuracy and no more
+        is not to come back with nothing because no layer had lost a whole width.
+
+        Args:
+            path: Removed groups, in the order of their removal.
+            layers: Those that may take another width.
+        """
+        if not self.by_width:
+            return self
+        untouched = frozenset(g for g in path if not self._counts[g].keys() & set(layers))
+        others = {layer: width for layer, width in self.widths.items() if layer not in layers}
+        whole, width = self.space.cost(untouched).macs, self.multiple_of
+        tried, saved = [replace(self, widths=others)], list[int]()
+        while width > NARROWEST:
+            width //= 2
+            tried.append(replace(self, widths={**others, **dict.fromkeys(layers, width)}))
+        for keep in tried:
+            saved.append(whole - self.space.cost(frozenset(path) - keep.given_back(path, layers)).macs)
+        return next(keep for keep, macs in zip(tried, saved, strict=True) if 2 * macs >= saved[-1])
+
+    def touched(self, groups: Iterable[int]) -> set[int]:
+        """Layers that have filters in these groups."""
+        return {layer for group in groups for layer in self._counts[group]}
 
     def reaching(self, groups: Collection[int], macs: float | None, params: float | None) -> Keep:
         """The same at the widest width, of this one and its halves down to 4, that lets the targets be met at all.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from onnxcar.channels import ChannelSpace, Cost
@@ -197,6 +197,7 @@ class Path:
             "target_latency", "time_limit", "guarantee", or "nothing left" where no further group may go.
         checks: Latencies that were measured on the way, over the original's.
         remaining: Where the time limit ended it, what the rest would have cost.
+        widths: Vector widths that layers took instead of the one asked for, see `scope.Keep.holding`.
     """
 
     steps: tuple[Step, ...]
@@ -205,6 +206,7 @@ class Path:
     stopped: str
     checks: tuple[Check, ...] = ()
     remaining: Remaining | None = None
+    widths: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def groups(self) -> frozenset[int]:

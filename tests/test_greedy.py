@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from onnxcar.errors import JournalError, PlanError
-from onnxcar.greedy import Choice, Mark, Stop, retreat, walk
+from onnxcar.greedy import Choice, Mark, Stop, prefixes, retreat, walk
 from onnxcar.journal import Journal
 from onnxcar.model import from_proto
 from onnxcar.rules import analyze
 from onnxcar.scope import Keep, fields, select_layers, whole_layers
+from tests.graphs import Net
 
 
 class Known:
@@ -158,6 +159,28 @@ def test_what_a_layer_gives_back_is_back_before_the_next_one_is_searched(space):
     # 0, 1 and 2 cost all five; only after 2 is back has the second layer room for 8 and 9.
     assert order(path) == [0, 1, 8, 9]
     assert [step.mark.correct for step in path.steps] == [100, 99, 97, 95]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_search_that_ends_at_its_drop_ships_what_the_narrowest_width_that_helps_allows(scope):
+    net = Net()
+    x = net.op("Relu", net.conv(net.input(), 16, 3))
+    x = net.op("GlobalAveragePool", net.op("Relu", net.conv(x, 16, 3)))
+    wide = analyze(net.model(net.gemm(net.op("Flatten", x), 5)))
+    chooser = Known([1] * 6 + [50] * 10 + [90] * 16)
+    found = fields(wide, select_layers(wide), (), scope)
+    keep = Keep(wide, 1, 16, True)
+
+    path = walk(wide, found, chooser, stop=Stop(max_drop=0.06), keep=keep)
+    assert path.stopped == "max_drop"
+    assert (len(path.steps), len(path.given_back)) == (4, 2)  # 12 of 16 stay, a multiple of 4
+    assert path.widths[0] == 4
+    assert prefixes(path, keep) == [path.groups]
+    assert len(retreat(wide, path, keep).groups) == 0  # 13 are no multiple of 4
+
+    strict = walk(wide, found, Known([1] * 32), stop=Stop(max_drop=0.99, target_macs=0.6), keep=keep)
+    assert strict.stopped == "target_macs"
+    assert not strict.widths
 
 
 def test_what_was_given_back_for_a_multiple_is_not_taken_again(space):

@@ -216,6 +216,25 @@ def test_a_width_is_halved_until_the_target_can_be_met():
     assert keep.reaching([], 0.9, None).multiple_of == 4
 
 
+def test_a_width_is_halved_where_else_next_to_nothing_of_a_path_would_stay():
+    space = readers(3)
+    keep, stem = Keep(space, 1, 16, True), [g.id for g in space.groups if g.layer == 0]
+    few, many = stem[:5], stem[:17]
+    assert keep.given_back(few, [0]) == set(few)
+    held = keep.holding(few, [0])
+    assert held.widths == {0: 4}
+    assert held.filters(set(few) - held.given_back(few, [0]))[0] == 28
+    assert held.suits(1, 8)
+    assert not held.suits(1, 12)  # the other layers keep their width
+    assert keep.holding(many, [0]).widths == {}
+    assert held.holding(many, [0]).widths == {}
+    # 13 of 32 gone: 16 more MACs would stay at 4 (20 left) than at 8 (24 left), but that is more than half of it
+    assert keep.holding(stem[:13], [0]).widths == {0: 8}
+    assert keep.holding([], [0]).widths == {}
+    by_number = Keep(space, 1, 16)
+    assert by_number.holding(few, [0]) is by_number
+
+
 def test_the_width_of_the_machine_is_one_that_exists():
     assert vector_width("cpu") in (4, 8, 16)
     assert vector_width("cuda") == 8

@@ -167,6 +167,11 @@ def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None
     _say_latency(record)
     if not record["removed"]:
         here.warn(_nothing_removed(record))
+    elif record["widths"]:
+        here.note(
+            f"Counts are multiples of {min(record['widths'].values())} in some layers, less than a vector of the "
+            "processor, as else next to nothing could go: that saves MACs and hardly any time."
+        )
     if record["base"] is not None and record["optimistic"]:
         here.note("The scores are optimistic: filters were chosen on the same data. Give --test-data for honest ones.")
     if record["classes"] is not None:
