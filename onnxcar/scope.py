@@ -301,9 +301,10 @@ class Keep:
     def _least(self, groups: Collection[int]) -> frozenset[int]:
         """What of `groups` is gone when every layer keeps as few filters as suit it; which ones they are is chance."""
         gone = set(groups)
-        for layer in self.space.layers:
+        for layer in (self.space.layers[index] for index in self.all_layers()):
             left = layer.filters - sum(self._counts[group][layer.index] for group in gone & set(layer.groups.tolist()))
-            least = next(n for n in range(max(1, self.min_filters), layer.filters + 1) if self.suits(layer.index, n))
+            counts = range(max(1, self.min_filters), layer.filters)
+            least = next((n for n in counts if self.suits(layer.index, n)), layer.filters)
             for group in dict.fromkeys(layer.groups.tolist()):
                 if left >= least:
                     break

@@ -214,6 +214,7 @@ def test_a_width_is_halved_until_the_target_can_be_met():
     assert keep.reaching(groups, None, 0.9).multiple_of == 16
     assert Keep(space, 1, 16).reaching(groups, 0.001, None).multiple_of == 16  # asked for by number
     assert keep.reaching([], 0.9, None).multiple_of == 4
+    assert Keep(space, 20, 16, True).reaching(groups, 0.9, None).multiple_of == 8  # 24 of 32; others have fewer than 20
 
 
 def test_a_width_is_halved_where_else_next_to_nothing_of_a_path_would_stay():
