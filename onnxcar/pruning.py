@@ -364,6 +364,7 @@ class Pruning:
             "guarantee": None,
             "latency": self.latency(finished, path),
             "arguments": self.arguments,
+            "width": self.keep.multiple_of if self.keep.by_width else None,
             **records.path_entries(space, path),
             "removed": finished.plan.removed(space),
             "protected": records.protected_entries(space),

@@ -20,6 +20,8 @@ from click.testing import CliRunner, Result
 
 from onnxcar.cli import app, border
 from onnxcar.errors import ModelError, OnnxcarWarning
+from onnxcar.scope import vector_width
+from tests.graphs import Net
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
@@ -534,3 +536,25 @@ def test_ctrl_c_keeps_the_journal_and_the_run_goes_on_to_the_same_bytes(folder, 
     assert again.returncode == 0, again.stderr
     assert "Going on from p.journal.jsonl" in again.stderr
     assert (folder / "p.onnx").read_bytes() == (folder / "whole.onnx").read_bytes()
+
+
+@pytest.mark.skipif(vector_width("cpu") < 8, reason="a processor whose vectors take four channels")
+def test_counts_below_the_width_of_the_processor_are_told_with_the_reason(tmp_path: Path) -> None:
+    net = Net()
+    x = net.op("Relu", net.conv(net.input(), 16, 3))
+    x = net.op("Relu", net.conv(net.op("Relu", net.conv(x, 16, 1)), 8, 1))
+    onnx.save(net.proto(net.gemm(net.op("Flatten", net.op("GlobalAveragePool", x)), 5)), tmp_path / "m.onnx")
+    command = ["prune", str(tmp_path / "m.onnx"), "--criterion", "l2", "--scope", "global", "--provider", "cpu"]
+
+    def told(target: str) -> tuple[str, dict[str, object]]:
+        done = CliRunner().invoke(app, [*command, "--target-macs", target, "--force", "-o", str(tmp_path / "out.onnx")])
+        assert done.exit_code == 0, done.output
+        return done.stderr, json.loads((tmp_path / "out.json").read_text())
+
+    said, record = told("0.3")
+    assert "Counts are multiples of 4, less than the" in said
+    assert "as the target cannot be met otherwise" in said
+    assert (record["width"], record["widths"]) == (4, {})
+    said, record = told("0.97")
+    assert "Counts are multiples" not in said
+    assert record["width"] == vector_width("cpu")

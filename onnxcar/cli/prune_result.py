@@ -167,11 +167,8 @@ def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None
     _say_latency(record)
     if not record["removed"]:
         here.warn(_nothing_removed(record))
-    elif record["widths"]:
-        here.note(
-            f"Counts are multiples of {min(record['widths'].values())} in some layers, less than a vector of the "
-            "processor, as else next to nothing could go: that saves MACs and hardly any time."
-        )
+    else:
+        _say_widths(record)
     if record["base"] is not None and record["optimistic"]:
         here.note("The scores are optimistic: filters were chosen on the same data. Give --test-data for honest ones.")
     if record["classes"] is not None:
@@ -184,6 +181,21 @@ def advise(record: dict[str, Any], params: dict[str, Any], paths: Paths) -> None
     here.note(f"Next: {_compare_command(params, paths, scored=record['base'] is not None)}", command=True)
     if record["guarantee"] is None:
         _hold_gate(record, params["max_drop"])
+
+
+def _say_widths(record: dict[str, Any]) -> None:
+    """Where ``--multiple-of auto`` took less than the vector width."""
+    from onnxcar.scope import vector_width
+
+    if record["width"] is None:
+        return
+    asked, found = vector_width(record["provider"]), min([record["width"], *record["widths"].values()])
+    if found < asked:
+        why = "as else next to nothing could go" if record["widths"] else "as the target cannot be met otherwise"
+        terminal().note(
+            f"Counts are multiples of {found}, less than the {asked} that the processor takes at once, {why}: the time "
+            "falls less than the MACs."
+        )
 
 
 def _say_remaining(record: dict[str, Any]) -> None:
