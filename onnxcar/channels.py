@@ -375,9 +375,8 @@ class ChannelSpace:
 
     def outgoing_sizes(self) -> npt.NDArray[np.float64]:
         """Sum of the absolute weights of `outgoing` for every group, (n_groups,); every weight is read once."""
-        sites = {(id(site), axis): (site, axis) for readers in self._readers.values() for site, axis in readers}
         total = np.zeros(len(self.groups))
-        for site, axis in sites.values():
+        for site, axis in self._reading:
             values = np.abs(np.asarray(self.facts.array(self.model.proto.graph.node[site.node].input[site.input])))
             ids = site.axes[axis]
             if site.blocks > 1:  # the other axis holds the blocks: block b reads the b-th stretch of the ids
@@ -394,11 +393,21 @@ class ChannelSpace:
 
         Of all Convs that read them; 0 where none does.
         """
-        found = np.zeros(len(self.groups), np.int64)
-        for group, readers in self._readers.items():
-            shapes = [self.facts.shape(self.model.proto.graph.node[s.node].input[s.input]) or () for s, _ in readers]
-            found[group] = min((int(np.prod(shape[2:])) for shape in shapes if len(shape) > 2), default=0)
+        most = np.iinfo(np.int64).max
+        found = np.full(len(self.groups), most)
+        for site, axis in self._reading:
+            shape = self.facts.shape(self.model.proto.graph.node[site.node].input[site.input]) or ()
+            if len(shape) > 2:
+                read = np.unique(site.axes[axis])
+                read = read[read >= 0]
+                found[read] = np.minimum(found[read], int(np.prod(shape[2:])))
+        found[found == most] = 0
         return found
+
+    @property
+    def _reading(self) -> list[tuple[Site, int]]:
+        """Every weight axis that reads channels, once."""
+        return list({(id(site), axis): (site, axis) for own in self._readers.values() for site, axis in own}.values())
 
     @cached_property
     def _readers(self) -> dict[int, list[tuple[Site, int]]]:

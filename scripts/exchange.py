@@ -29,9 +29,9 @@ def key(score: Score) -> tuple[int, float]:
 def exchanged(scorer: Scorer, groups: list[int], removed: frozenset[int]) -> frozenset[int]:
     """The set after the best exchange; the same where none helps."""
     best, found = key(scorer.base(removed)), removed
+    kept = [group for group in groups if group not in removed]
     for back in sorted(removed):
         less = removed - {back}
-        kept = [group for group in groups if group not in removed]
         for group, score in zip(kept, scorer.score(less, kept), strict=True):
             if key(score) > best:
                 best, found = key(score), less | {group}
